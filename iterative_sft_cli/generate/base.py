@@ -1,0 +1,39 @@
+"""What an engine is: token ids in, sampled token ids out. Plug-in engines implement `Engine` (entry-point group `isft.engines`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from iterative_sft_cli.types import Completion, Decoding, Request
+
+
+class EngineOutOfMemory(Exception):
+    """Raised by `Engine.generate` when memory runs out; the loop halves the plan's rows, records it, and asks again."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A source of completions.
+
+    `begin` makes the engine serve the given weights and may take memory; `end` frees it. Between them `plan` and
+    `generate` may be called many times. `deterministic` says whether the same plan gives the same bytes.
+    """
+
+    deterministic: bool
+
+    def begin(self, weights: Path | None) -> None:
+        """Serve the weights in the Hugging Face folder `weights`; None means the live model the trainer holds."""
+
+    def plan(self, requests: Sequence[Request], decoding: Decoding) -> dict[str, Any]:
+        """The batch shape for one shard, as JSON with at least `max_rows`: fixed before the shard starts, stored in its
+        seal, replayed on resume. A pure function of config, model and machine, never of free memory."""
+
+    def generate(
+        self, requests: Sequence[Request], decoding: Decoding, plan: dict[str, Any]
+    ) -> Iterator[Completion]:
+        """Yield every (prompt_id, sample_index) of `requests` exactly once, in any order, each as soon as it is finished."""
+
+    def end(self) -> None:
+        """Free what `begin` took."""
