@@ -1,0 +1,158 @@
+"""The `generate` and `rationalize` sections: how completions are drawn, and from which engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from iterative_sft_cli.config.fields import (
+    ByShape,
+    Count,
+    CountFromZero,
+    ListTag,
+    NonNegative,
+    NumberTag,
+    Positive,
+    ScalarTag,
+    Section,
+    Share,
+    Text,
+    Texts,
+    WordOrNumber,
+    WordTag,
+)
+from iterative_sft_cli.config.schedule import Scheduled
+from iterative_sft_cli.types import Decoding
+
+
+class VllmConfig(Section):
+    """vLLM servers: started by isft from an environment of their own, or already running at `base_urls`."""
+
+    python: Text | None = None
+    """Python interpreter of the environment that has vLLM; null looks for `vllm` on PATH."""
+    tensor_parallel_size: Count = 1
+    """GPUs of one server."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the GPU's memory that vLLM may take while it generates."""
+    max_model_len: Count | None = None
+    """Longest prompt and completion together, in tokens; null is the model's."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of `vllm serve`, such as {enforce-eager: true}."""
+    base_urls: Texts = Field(default_factory=list)
+    """Addresses of servers that are already running; then none is started."""
+    stage_to: Text | None = None
+    """Folder on each node's own disk to which new weights are copied once; null reads them where they are."""
+    reload: Text | None = None
+    """How servers at `base_urls` take new weights: http, restart, or pkg.mod:fn."""
+
+
+class OpenAIConfig(Section):
+    """A server with OpenAI's interface, for teachers and remote models."""
+
+    base_url: Text | None = None
+    """Address, such as http://localhost:8000/v1."""
+    model: Text | None = None
+    """Name of the model there."""
+    api_key_env: Text | None = None
+    """Name of the environment variable that holds the key; null sends none. The key itself never stands in a config."""
+    max_concurrency: Count = 16
+    """Requests in flight at once."""
+    max_retries: CountFromZero = 6
+    """Tries again after a time-out, 429 or 5xx, with growing pauses."""
+    requests_per_minute: Count | None = None
+    """Limit on the rate of requests; null for none."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of each request."""
+
+
+class SourceModel(Section):
+    """One of several models that completions come from."""
+
+    model: Text
+    """current, base, best, warmup, a hub id or a folder."""
+    share: Share
+    """Its share of each prompt's samples; the shares add up to 1."""
+
+
+class GenerateConfig(Section):
+    """How completions are drawn. Names and meanings are Hugging Face's; the model's own generation_config only gives EOS ids."""
+
+    DECODING_FIELDS: ClassVar[tuple[str, ...]] = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "do_sample",
+        "max_new_tokens",
+        "stop",
+        "keep_logprobs",
+    )
+
+    engine: Text = "transformers"
+    """transformers (in this process), vllm, openai, or a plug-in's name or pkg.mod:attr."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments for a plug-in engine."""
+    samples_per_prompt: Scheduled[Count] = 8
+    """Completions drawn for each prompt and round; 1 when `do_sample` is false."""
+    until_accepted: Scheduled[Count | None] = None
+    """Stop drawing for a prompt once so many were accepted, at most `samples_per_prompt`; null always draws all."""
+    from_: Scheduled[Annotated[Annotated[Text, ScalarTag] | Annotated[list[SourceModel], ListTag], ByShape]] = Field(
+        default="current", alias="from"
+    )
+    """Which weights generate: current, base, best, warmup, another model's hub id or folder, or a list of {model, share}."""
+    temperature: Scheduled[NonNegative] = 1.0
+    """Sampling temperature; for greedy decoding write `do_sample: false`."""
+    top_p: Scheduled[Annotated[float, Field(gt=0, le=1)]] = 1.0
+    """Nucleus sampling: keep the smallest set of tokens with this probability; 1 keeps all."""
+    top_k: Scheduled[CountFromZero] = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    min_p: Scheduled[Share] = 0.0
+    """Drop tokens less probable than this share of the most probable one; 0 drops none."""
+    repetition_penalty: Scheduled[Positive] = 1.0
+    """Divide the scores of tokens that already occurred; 1 does nothing."""
+    do_sample: Scheduled[bool] = True
+    """false takes the most probable token each time (greedy)."""
+    max_new_tokens: Scheduled[Count] = 256
+    """Longest completion, in tokens; one that reaches it has finish reason `length`."""
+    stop: Texts = Field(default_factory=list)
+    """Texts that end a completion; they stay part of it."""
+    keep_logprobs: bool = False
+    """Record each token's log probability, as the importance-weighted objective needs."""
+    memory_gb: Annotated[Annotated[Literal["auto"], WordTag] | Annotated[Positive, NumberTag], WordOrNumber] = "auto"
+    """Memory for the key-value cache; auto is a function of config, model and the machine's total memory."""
+    timeout_s: Positive = 600.0
+    """Give up on an engine after so many seconds without a new token."""
+    startup_timeout_s: Positive = 1800.0
+    """Give up on a server that is not ready after so many seconds."""
+    vllm: VllmConfig = Field(default_factory=VllmConfig)
+    """Settings of `engine: vllm`."""
+    openai: OpenAIConfig = Field(default_factory=OpenAIConfig)
+    """Settings of `engine: openai`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _greedy_draws_once(cls, value: Any) -> Any:
+        """Greedy decoding without a number of samples draws one."""
+        if isinstance(value, Mapping) and value.get("do_sample") is False and "samples_per_prompt" not in value:
+            return {**value, "samples_per_prompt": 1}
+        return value
+
+    def decoding(self, *, eos_token_ids: tuple[int, ...] = ()) -> Decoding:
+        """The decoding of a config that was resolved with `Config.at_round`."""
+        values = {name: getattr(self, name) for name in self.DECODING_FIELDS}
+        values["stop"] = tuple(self.stop)
+        return Decoding(**values, eos_token_ids=eos_token_ids)
+
+
+class RationalizeConfig(Section):
+    """A second try for prompts with nothing accepted, with a hint that is stripped before training."""
+
+    template: Text
+    """The hinted prompt as a text that contains {answer}, and {prompt} where the question goes."""
+    samples_per_prompt: Scheduled[Count] = 1
+    """Completions drawn for each hinted prompt."""
+    max_share: Annotated[float | None, Field(gt=0, le=1)] = None
+    """Largest share of the round's training rows that may come from hints; null for no limit."""

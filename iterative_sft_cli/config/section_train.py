@@ -1,0 +1,203 @@
+"""The `train` and `warmup` sections: where training starts, on which rows, and how it steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from iterative_sft_cli.config.expression import check_expression
+from iterative_sft_cli.config.fields import (
+    ByShape,
+    Count,
+    MappingTag,
+    NonNegative,
+    NumberTag,
+    Positive,
+    ScalarTag,
+    Section,
+    Share,
+    Text,
+    WordOrNumber,
+    WordTag,
+)
+from iterative_sft_cli.config.findings import finding, show
+from iterative_sft_cli.config.schedule import Scheduled
+from iterative_sft_cli.config.section_prompts import DatasetSource
+
+StartFrom = Literal["previous", "base", "best", "warmup"]
+SchedulerType = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+
+
+def _expression(value: Any) -> Any:
+    """A number or an arithmetic expression over score names."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return check_expression(value) if isinstance(value, str) else value
+
+
+Expression = Annotated[Text, BeforeValidator(_expression)]
+"""Arithmetic over score names: + - * / **, min, max, exp, log, abs, numbers."""
+
+
+class WindowConfig(Section):
+    """Train on the accepted samples of the newest rounds."""
+
+    window: Count
+    """Number of rounds, the current one included."""
+
+
+class SeedDataConfig(Section):
+    """Rows written by people or another model: exactly one of `path` and `dataset`, with a completion or chat messages."""
+
+    path: Text | None = None
+    """A .jsonl, .json, .csv or .parquet file, relative to this config."""
+    dataset: DatasetSource | None = None
+    """A data set on the hub."""
+    prompt: Text = "prompt"
+    """Column with the question."""
+    completion: Text = "completion"
+    """Column with the text to learn."""
+    messages: Text | None = None
+    """Column with chat messages, instead of `prompt` and `completion`; the assistant's are learned."""
+    limit: Count | None = None
+    """Take only the first so many rows; null takes all."""
+
+
+class MixConfig(SeedDataConfig):
+    """Seed data mixed into every round's training rows."""
+
+    share: Scheduled[Annotated[float, Field(gt=0, lt=1)]]
+    """Share of the training rows that is seed data, drawn anew each round; 0.5 makes half of them seed rows."""
+
+
+class PassConfig(Section):
+    """One of several passes over a round's samples, with a rising threshold (ReST's Improve steps)."""
+
+    min: float
+    """Keep samples whose `by` is at least this."""
+    by: Expression | None = None
+    """Expression over score names that `min` is compared with; null is the only score there is."""
+    learning_rate: Positive | None = None
+    """Peak learning rate of this pass; null is that of `train`."""
+    epochs: Count | None = None
+    """Epochs of this pass; null is that of `train`."""
+    steps: Count | None = None
+    """Optimizer steps of this pass, instead of `epochs`."""
+
+
+class ParallelConfig(Section):
+    """How training is spread over processes. A text instead of a mapping is its `type`."""
+
+    type: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
+    """auto: one process alone, ddp over several where the model fits, else fsdp2."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the strategy, in accelerate's words."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_type(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
+
+
+class TrainConfig(Section):
+    """How the accepted samples are learned. `start_from` and `data` have no default because published methods disagree."""
+
+    start_from: Scheduled[StartFrom]
+    """Weights each round's training starts from: previous (round r - 1), base (the weights at `model`), best (by `eval.metric`) or warmup."""
+    data: Scheduled[
+        Annotated[Annotated[Literal["replace", "accumulate"], ScalarTag] | Annotated[WindowConfig, MappingTag], ByShape]
+    ]
+    """Accepted samples to train on: replace (this round's), accumulate (all rounds' so far) or {window: n} (the newest n rounds')."""
+    mix: MixConfig | None = None
+    """Seed data mixed in; null for none."""
+    objective: Text = "nll"
+    """nll, dft, iw, rwr, or a plug-in's name or pkg.mod:attr."""
+    objective_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the objective, such as {temperature: 0.5} for rwr."""
+    weight_by: Scheduled[Expression | None] = None
+    """Expression over score names that weighs each sample's loss, such as `exp(reward / 0.5)`; null weighs all alike."""
+    epochs: Scheduled[Count | None] = None
+    """Passes over the round's training rows; 1 when neither this nor `steps` is given."""
+    steps: Scheduled[Count | None] = None
+    """Optimizer steps each round, instead of `epochs`."""
+    passes: list[PassConfig] | None = None
+    """Several passes with rising thresholds; null for one without."""
+    learning_rate: Scheduled[Positive] = 2e-5
+    """Peak learning rate."""
+    lr_scheduler_type: SchedulerType = "linear"
+    """Shape of the learning rate over a round's steps, in transformers' words."""
+    lr_schedule: Literal["restart", "continue"] = "restart"
+    """restart: each round runs the whole shape; continue: one shape over all rounds, which needs `steps`."""
+    packing: bool = False
+    """Put several rows into one sequence that cannot see each other."""
+    warmup_ratio: Scheduled[Annotated[float, Field(ge=0, lt=1)]] = 0.0
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: Scheduled[NonNegative] = 0.0
+    """AdamW's decay of matrices; 0 for none."""
+    max_grad_norm: Scheduled[NonNegative | None] = 1.0
+    """Gradients with a larger norm are scaled down to it; 0 or null never scales."""
+    batch_size: Scheduled[Count] = 32
+    """Samples in one optimizer step, over all processes."""
+    micro_batch_tokens: Annotated[Annotated[Literal["auto"], WordTag] | Annotated[Count, NumberTag], WordOrNumber] = (
+        "auto"
+    )
+    """Tokens, padding included, computed at once; it bounds memory and does not change the result beyond rounding."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """Optimizer."""
+    optimizer_state: Literal["keep", "fresh"] | None = None
+    """Whether moments carry over to the next round; null is keep with `start_from: previous`, else fresh."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    offload: Literal["auto", "host", "disk", "none"] = "auto"
+    """Where weights and optimizer wait while the engine has the GPU; auto moves them only when a GPU is shared."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How training is spread over processes."""
+    max_length: Count | None = None
+    """Longest training row in tokens; null is the longest prompt plus `max_new_tokens`. A longer generated row is rejected as `too_long`."""
+    truncation_mode: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which end of a too long seed row stays; generated rows are never cut."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_epoch_and_optimizer(cls, value: Any) -> Any:
+        """Fill the two defaults that depend on a neighbour."""
+        if not isinstance(value, Mapping):
+            return value
+        filled = dict(value)
+        if filled.get("epochs") is None and filled.get("steps") is None:
+            filled["epochs"] = 1
+        if filled.get("optimizer_state") is None:
+            filled["optimizer_state"] = "keep" if filled.get("start_from") == "previous" else "fresh"
+        return filled
+
+
+class WarmupConfig(SeedDataConfig):
+    """Supervised fine-tuning on seed data before round 1 (round 0). Null values are those of `train`."""
+
+    epochs: Count | None = None
+    """Passes over the seed data; 1 when neither this nor `steps` is given."""
+    steps: Count | None = None
+    """Optimizer steps, instead of `epochs`."""
+    learning_rate: Positive | None = None
+    """Peak learning rate."""
+    lr_scheduler_type: SchedulerType | None = None
+    """Shape of the learning rate."""
+    warmup_ratio: Share | None = None
+    """Share of the steps in which the learning rate rises from 0."""
+    batch_size: Count | None = None
+    """Rows in one optimizer step."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_path(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"path": value}
+        if isinstance(value, Mapping) and value.get("epochs") is None and value.get("steps") is None:
+            return {**value, "epochs": 1}
+        if value is not None and not isinstance(value, Mapping | WarmupConfig):
+            raise finding(f"{show(value)} is not a warm-up", expected="none, or a mapping with path")
+        return value
