@@ -1,0 +1,16 @@
+"""`isft` and `python -m iterative_sft_cli`: the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    from iterative_sft_cli.cli import run
+
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Builds the stages of a run from its config: model, encoder, learner, engine, seed data. The one place where torch comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from iterative_sft_cli.config import LoadedConfig
+from iterative_sft_cli.errors import ConfigError, DataError
+from iterative_sft_cli.rounds.stages import Stages, View
+from iterative_sft_cli.types import TrainRow
+
+
+def build_stages(
+    loaded: LoadedConfig,
+    run: Any,
+    filters: Sequence[Any],
+    prompts: Any,
+    eval_prompts: Any,
+    view: View,
+    stop: Callable[[], None],
+) -> Stages:
+    """Load the model and open everything that a round works with; raises DataError when the model cannot be loaded."""
+    config = loaded.config
+    base_folder: Path | None = None
+    if config.model.use is not None:
+        backend = open_backend(config, loaded.base_dir)
+        encoder, learner, engine = backend.encoder, backend.learner, backend.engine
+        base_hash = str(getattr(backend, "base_hash", "plug-in"))
+    else:
+        from iterative_sft_cli.encoding import TokenizerEncoder
+        from iterative_sft_cli.generate import open_engine
+        from iterative_sft_cli.model import load_model
+        from iterative_sft_cli.train import open_learner
+
+        view.note(f"loading {config.model.path or 'a fresh model'}")
+        model = load_model(config.model, seed=config.seed, base_dir=loaded.base_dir)
+        encoder = TokenizerEncoder(model.tokenizer, config.prompts, base_dir=loaded.base_dir, loaded=model)
+        learner = open_learner(config.train, loaded=model, encoder=encoder, config=config)
+        engine = open_engine(
+            config.generate, loaded=model, encoder=encoder, base_dir=loaded.base_dir, run_dir=run.path, seed=config.seed
+        )
+        base_hash = model.base_hash
+        base_folder = Path(config.model.path) if config.model.path else None
+    return Stages(
+        config=config,
+        run=run,
+        encoder=encoder,
+        learner=learner,
+        engine=engine,
+        prompts=prompts.prompts,
+        eval_prompts=eval_prompts.prompts if eval_prompts else (),
+        filters=filters,
+        view=view,
+        stop=stop,
+        base_hash=base_hash,
+        mix_rows=seed_rows(config.train.mix, encoder, loaded.base_dir) if config.train.mix is not None else (),
+        warmup_rows=seed_rows(config.warmup, encoder, loaded.base_dir) if config.warmup is not None else (),
+        base_folder=base_folder,
+    )
+
+
+def open_backend(config: Any, base_dir: Path) -> Any:
+    """The plug-in backend `model.use: pkg.mod:factory` or `file.py:factory`: an object with `encoder`, `learner`, `engine`."""
+    target, _, attribute = str(config.model.use).partition(":")
+    if target.endswith(".py"):
+        import importlib.util
+
+        path = (base_dir / target) if (base_dir / target).is_file() else Path(target)
+        spec = importlib.util.spec_from_file_location(f"isft_backend_{path.stem}", path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise ConfigError(f"{target}: no such file", where="model.use")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = import_module(target)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{target}: {error}", where="model.use") from error
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        raise ConfigError(f"{target} has no `{attribute}`", where="model.use", expected="pkg.mod:factory")
+    return factory(config)
+
+
+def seed_rows(section: Any, encoder: Any, base_dir: Path) -> list[TrainRow]:
+    """The rows of a seed-data file (JSONL with `messages`, or `prompt` and `completion`), masked to what an assistant wrote."""
+    from iterative_sft_cli.prompts import read_rows
+
+    rows = []
+    for index, row in enumerate(read_rows(section.path, base_dir=base_dir)):
+        messages = row.get("messages")
+        if messages is None:
+            if "prompt" not in row or "completion" not in row:
+                raise DataError(
+                    f"{section.path}: row {index + 1} has neither `messages` nor `prompt` and `completion`",
+                    hint=f"its columns are {', '.join(sorted(row))}",
+                )
+            messages = (row["prompt"], row["completion"])
+        rows.append(encoder.conversation_row(f"seed-{index}", messages, weight=1.0))
+    if not rows:
+        raise DataError(f"{section.path}: no rows", expected="at least one seed example")
+    return rows

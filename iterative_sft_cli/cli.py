@@ -1,0 +1,87 @@
+"""The command line: parses, calls, prints. stdout is data, stderr is everything else; exit codes are those of `errors.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from iterative_sft_cli.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_STORAGE, ConfigError, IsftError
+
+app = typer.Typer(
+    name="isft",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Iterative supervised fine-tuning: generate, filter, train, repeat, from one YAML file.",
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Overrides such as generate.temperature=0.7.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of text.")]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code. A user's mistake is a message, a bug is a traceback."""
+    try:
+        from iterative_sft_cli import commands  # registers the commands
+
+        assert commands
+        result = app(args=list(argv), standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except IsftError as error:
+        say_error(error)
+        return error.exit_code
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        print("isft: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"isft: {name}{error.strerror or error}", file=sys.stderr)
+        return EXIT_STORAGE
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the vendored click
+            print(f"isft: {error.format_message()}", file=sys.stderr)
+            print("hint: `isft --help` lists the commands, `isft COMMAND --help` its options", file=sys.stderr)
+            return EXIT_CONFIG
+        import traceback
+
+        traceback.print_exc()
+        print(f"isft: this is a bug in isft, not in your config ({type(error).__name__})", file=sys.stderr)
+        return EXIT_BUG
+
+
+def say_error(error: IsftError) -> None:
+    """Print an error to stderr, escaped, as one paragraph."""
+    from iterative_sft_cli.console import safe_text
+
+    text = error.render()
+    print(safe_text(text if isinstance(error, ConfigError) and error.problems else f"isft: {text}"), file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout; ASCII only, so no terminal sequence survives."""
+    print(json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False))
+
+
+def echo(text: str = "") -> None:
+    """A line of data on stdout, escaped."""
+    from iterative_sft_cli.console import safe_text
+
+    print(safe_text(text))

@@ -1,0 +1,4 @@
+"""The commands, a file for each group; importing this package registers them on the app in the order of `--help`."""
+
+from iterative_sft_cli.commands import run_commands  # noqa: F401  isort: skip
+from iterative_sft_cli.commands import config_commands  # noqa: F401  isort: skip

@@ -1,0 +1,306 @@
+"""One experiment from config to outcome: checks, run directory, model, the loop, and what is said at the end.
+
+Everything that can be wrong is found before the model loads; whatever happens later, the run directory can be resumed.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iterative_sft_cli import __version__
+from iterative_sft_cli.config import LoadedConfig, diff_configs, load_config
+from iterative_sft_cli.console import Console, safe_text
+from iterative_sft_cli.errors import EXIT_OK, ConfigError, DataError, IsftError
+from iterative_sft_cli.filters import ResolvedFilter, resolve_filters
+from iterative_sft_cli.guards import best_round
+from iterative_sft_cli.prompts import PromptSet, content_key, load_prompts
+from iterative_sft_cli.rounds.weights import ResumePoint, round_key
+from iterative_sft_cli.rundir import RunDir
+from iterative_sft_cli.signals import StopRequests
+
+RESUME_CHOICES = ("auto", "never", "must")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: exit code, reason in words, the run directory, and the command to try next."""
+
+    code: int
+    reason: str
+    run_dir: Path
+    next_command: str
+
+
+def run_experiment(
+    config: LoadedConfig | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    resume: str = "auto",
+    limit: int | None = None,
+    allow_change: Sequence[str] = (),
+    view: Console | None = None,
+    grace_s: float | None = None,
+    command: str | None = None,
+) -> Outcome:
+    """Run the experiment of a config file (or an already loaded one) to its end, or from where an earlier call stopped.
+
+    `resume`: auto (go on when the directory holds this run), never (an existing run is an error), must (a missing one is).
+    `limit`: that many prompts, one round, every phase, in a folder of its own. Raises the errors of `errors.py`.
+    """
+    loaded = config if isinstance(config, LoadedConfig) else load_config(Path(config), list(overrides))
+    if limit is not None:
+        loaded = limited(loaded, limit)
+    view = view or Console()
+    for warning in loaded.warnings:
+        view.note(f"warning: {warning}")
+    path = Path(loaded.config.output_dir)
+    command = command or f"isft train {shlex.quote(str(loaded.path))}"
+    filters = resolve_filters(loaded.config.filters, base_dir=loaded.base_dir)
+    done = already_complete(path, loaded, resume)
+    if done is not None:
+        view.note(f"{safe_text(path)}: complete, {loaded.config.rounds} rounds; nothing to do")
+        say_last_lines(view, path, loaded)
+        return done
+    prompts, eval_prompts = read_prompts(loaded)
+    with StopRequests(command) as stop, open_run(path, loaded, resume, filters, allow_change) as run:
+        try:
+            run_loop(run, loaded, filters, prompts, eval_prompts, view, stop.check, grace_s, allow_change)
+        except IsftError as error:
+            run.outcome(error.exit_code, error.render(), command)
+            raise
+        except BaseException as error:
+            run.outcome(1, f"{type(error).__name__}: {error}", command)
+            raise
+        after = f"isft show {shlex.quote(str(path))}"
+        run.outcome(EXIT_OK, "complete", after)
+    say_last_lines(view, path, loaded)
+    return Outcome(EXIT_OK, "complete", path, after)
+
+
+def stored_config(path: Path, overrides: Sequence[str]) -> LoadedConfig | None:
+    """The config that a run directory was made with, to go on with it; None when `path` is no run directory."""
+    found = RunDir.peek(path)
+    if found is None:
+        return None
+    return LoadedConfig.from_resolved(
+        found.resolved,
+        source=found.config_source,
+        path=path / "config.yaml",
+        output_dir=str(path),
+        overrides=list(overrides),
+    )
+
+
+def limited(loaded: LoadedConfig, limit: int) -> LoadedConfig:
+    """The same experiment on `limit` prompts and one round, in `<output_dir>-limit<N>`."""
+    if limit < 1:
+        raise ConfigError(f"--limit {limit}: expected at least 1")
+    overrides = [
+        "rounds=1",
+        f"prompts.limit={limit}",
+        f"output_dir={loaded.config.output_dir.rstrip('/')}-limit{limit}",
+    ]
+    if loaded.config.eval is not None:
+        overrides.append(f"eval.limit={min(limit, loaded.config.eval.limit or limit)}")
+    return loaded.with_overrides(overrides)
+
+
+def already_complete(path: Path, loaded: LoadedConfig, resume: str) -> Outcome | None:
+    """The outcome of a finished run whose config asks for no further round; nothing is written to find out."""
+    if resume not in RESUME_CHOICES:
+        raise ConfigError(f"--resume {resume}: expected one of {', '.join(RESUME_CHOICES)}")
+    found = RunDir.peek(path)
+    if found is None:
+        if resume == "must":
+            raise ConfigError(f"{path}: no run to resume", hint="run without --resume must to start it")
+        return None
+    if resume == "never":
+        raise ConfigError(
+            f"{path}: a run is there already",
+            hint="choose another folder with --output-dir, or leave out --resume never to go on with it",
+        )
+    if found.finished and found.resolved.get("rounds") == loaded.merged.get("rounds"):
+        check_drift(found.resolved, loaded, ())
+        return Outcome(EXIT_OK, "complete", path, f"isft show {shlex.quote(str(path))}")
+    return None
+
+
+def check_drift(before: dict[str, Any], loaded: LoadedConfig, allow_change: Sequence[str]) -> list[Any]:
+    """The changes between the stored config and this one that a resumed run takes on; raises ConfigError for frozen ones."""
+    drifts = diff_configs(before, loaded.merged)
+    frozen = [d for d in drifts if d.cls == "frozen" and not any(is_under(d.path, key) for key in allow_change)]
+    if frozen:
+        lines = [f"{d.path}: was {d.old!r}, is {d.new!r}" for d in frozen]
+        keys = " ".join(f"--allow-change {d.path}" for d in frozen[:3])
+        raise ConfigError(
+            "the config differs from the run that is there",
+            problems=[f"{loaded.path}: differs from the run in {loaded.config.output_dir}:", *lines],
+            hint=f"undo the change, start another run with --output-dir DIR, or accept it with {keys}",
+        )
+    return [d for d in drifts if d.cls == "tunable" or d.cls == "frozen"]
+
+
+def is_under(path: str, key: str) -> bool:
+    """Whether a config path is `key` or lies below it."""
+    return path == key or path.startswith((f"{key}.", f"{key}["))
+
+
+def read_prompts(loaded: LoadedConfig) -> tuple[PromptSet, PromptSet | None]:
+    """Training and eval prompts; raises DataError when an eval prompt is also trained on."""
+    config = loaded.config
+    prompts = load_prompts(config.prompts, base_dir=loaded.base_dir)
+    if config.eval is None:
+        return prompts, None
+    held_out = load_prompts(config.eval, base_dir=loaded.base_dir, inherit=config.prompts)
+    trained = {content_key(prompt): prompt.prompt_id for prompt in prompts.prompts}
+    shared = [(trained[content_key(p)], p.prompt_id) for p in held_out.prompts if content_key(p) in trained]
+    if shared:
+        examples = ", ".join(f"eval {b} = prompt {a}" for a, b in shared[:3])
+        raise DataError(
+            f"{len(shared)} of {len(held_out.prompts)} eval prompts are also trained on ({safe_text(examples)})",
+            where="eval",
+            hint="take them out of one of the two files: a figure on trained prompts says nothing",
+        )
+    return prompts, held_out
+
+
+def open_run(
+    path: Path, loaded: LoadedConfig, resume: str, filters: Sequence[ResolvedFilter], allow_change: Sequence[str]
+) -> RunDir:
+    """The run directory, made or opened and recovered, its config compared with this one."""
+    found = RunDir.peek(path)
+    if found is None:
+        return RunDir.create(path, config_source=loaded.source, resolved=loaded.merged, environment={})
+    check_drift(found.resolved, loaded, allow_change)
+    return RunDir.open(path)
+
+
+def check_same(run: RunDir, facts: dict[str, Any], allow_change: Sequence[str]) -> None:
+    """Compare data, plug-in sources and base model with what the run began with; raises ConfigError when they differ.
+
+    Writes `environment.json` for a new run.
+    """
+    before = run.environment
+    if not before:
+        run.write_environment(facts)
+        return
+    for key, flag, hint in (
+        ("model", "model", "the base model's files changed"),
+        ("prompts", "prompts", "the prompt file changed"),
+        ("eval", "eval", "the eval prompt file changed"),
+        ("filters", "filters", "a filter's source changed"),
+    ):
+        if before.get(key) != facts.get(key) and flag not in allow_change:
+            raise ConfigError(
+                f"{hint} since this run began",
+                where=key,
+                hint=f"restore it, start another run with --output-dir DIR, or accept the change with --allow-change {flag}",
+            )
+
+
+def describe_environment(loaded: LoadedConfig, hashes: dict[str, Any]) -> dict[str, Any]:
+    """Versions, hardware and content hashes for `environment.json`; never secrets, never a path."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in ("torch", "transformers", "datasets", "accelerate", "peft", "safetensors", "tokenizers", "pydantic"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "isft": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "versions": versions,
+        "seed": loaded.config.seed,
+        **hashes,
+    }
+
+
+def run_loop(
+    run: RunDir,
+    loaded: LoadedConfig,
+    filters: Sequence[ResolvedFilter],
+    prompts: PromptSet,
+    eval_prompts: PromptSet | None,
+    view: Console,
+    stop: Callable[[], None],
+    grace_s: float | None,
+    allow_change: Sequence[str],
+) -> None:
+    """Build the stages and run the rounds that are left."""
+    from iterative_sft_cli.build import build_stages
+    from iterative_sft_cli.loop import run_rounds
+
+    config = loaded.config
+    stages = build_stages(loaded, run, filters, prompts, eval_prompts, view, stop)
+    stages.grace_s = grace_s
+    hashes = {
+        "model": stages.base_hash,
+        "prompts": prompts.sha256,
+        "eval": eval_prompts.sha256 if eval_prompts else None,
+        "filters": {one.name: one.source_hash for one in filters},
+    }
+    check_same(run, describe_environment(loaded, hashes), allow_change)
+    point = ResumePoint.of(run.checkpoints.newest())
+    for row in run.stats.rows():
+        view.earlier_round(row)
+    if point.key is not None:
+        view.note(f"going on from checkpoints/{point.key}")
+    per_prompt = config.eval.samples_per_prompt if config.eval else 0
+    at_first = config.at_round(max(1, point.round_index))
+    view.expect(
+        rounds=config.rounds,
+        first_round=point.round_index,
+        eval_samples=len(eval_prompts.prompts) * int(per_prompt) if eval_prompts else 0,
+        samples=prompts_per_round(at_first, len(prompts.prompts)) * int(at_first.generate.samples_per_prompt),
+        smaller=smaller_version(loaded.path),
+    )
+    run_rounds(stages)
+
+
+def prompts_per_round(config: Any, available: int) -> int:
+    """How many prompts a round takes under `prompts.per_round`."""
+    wanted = config.prompts.per_round
+    if wanted in (None, "all"):
+        return available
+    return min(available, round(wanted * available) if isinstance(wanted, float) and wanted < 1 else int(wanted))
+
+
+def smaller_version(path: Path) -> str | None:
+    """The sibling `<name>-small.yaml` of a config, when there is one."""
+    small = path.with_name(f"{path.stem}-small{path.suffix}")
+    return str(small) if small.is_file() else None
+
+
+def say_last_lines(view: Console, path: Path, loaded: LoadedConfig) -> None:
+    """The end of every run: the statistics, the best checkpoint, and the commands to try next."""
+    found = RunDir.peek(path)
+    if found is None:
+        return
+    quoted = shlex.quote(str(path))
+    view.note(f"statistics: {path / 'stats.jsonl'}")
+    key, what = round_key(loaded.config.rounds), "last checkpoint"
+    if loaded.config.eval is not None:
+        best = best_round(found.stats_rows(), loaded.config.eval.metric)
+        if best == 0 and not (path / "checkpoints" / round_key(0)).is_dir():
+            view.note(f"best by {loaded.config.eval.metric}: the starting model")
+        elif best is not None:
+            key, what = round_key(best), f"best checkpoint by {loaded.config.eval.metric}"
+    view.note(f"{what}: {path / 'checkpoints' / key}")
+    view.note(f"next: isft samples {quoted} --rejected")
+    view.note(f"      isft report {quoted}")
+    view.note(f"      isft export {quoted} --to hf")
+
+
+def argv_command() -> str:
+    """The command line that was typed, quoted so that it can be pasted."""
+    return shlex.join(["isft", *sys.argv[1:]])

@@ -1,0 +1,264 @@
+"""Generate, filter, train, checkpoint, evaluate, write the row, next round: the whole loop, and the only file that knows all stages.
+
+Every phase leaves sealed files; a phase whose files are there is read, not done again. That is all there is to resuming:
+`ResumePoint` says which round the newest checkpoint belongs to, and the loop walks over that round with what is sealed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from iterative_sft_cli.filters import FilterChain
+from iterative_sft_cli.guards import best_round, check_budget, check_round
+from iterative_sft_cli.prompts import PromptHistory, select_round
+from iterative_sft_cli.rounds.evaluation import evaluate, is_due
+from iterative_sft_cli.rounds.judge import judge_round
+from iterative_sft_cli.rounds.stages import RoundLog, Stages
+from iterative_sft_cli.rounds.training import (
+    commit_round,
+    gather_rows,
+    plan_passes,
+    seal_training_rows,
+    train_round,
+)
+from iterative_sft_cli.rounds.weights import LIVE, ResumePoint, best_folder, restore, round_key
+from iterative_sft_cli.samples import PROMPTS, AcceptedEarlier, iter_round, prompt_to_row, read_prompts
+from iterative_sft_cli.stats import RoundCounter, TrainCounter
+
+
+def run_rounds(stages: Stages) -> None:
+    """Run every round that is left; returns when the last one's statistics are written.
+
+    Raises the errors of `errors.py`; whatever is raised, what was sealed stays and the same call goes on from there.
+    """
+    checkpoint = stages.run.checkpoints.newest()
+    point = ResumePoint.of(checkpoint)
+    restore(stages.learner, checkpoint)
+    try:
+        for round_index in range(0 if point.round_index == 0 else point.round_index, stages.config.rounds + 1):
+            one_round(stages, round_index, point)
+    finally:
+        stages.session.close()
+
+
+def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
+    """One round, or what is left of it. Round 0 is the warm-up and the evaluation of the starting model."""
+    config, run = stages.config.at_round(round_index), stages.run
+    start = time.monotonic()
+    log = RoundLog(run.ledger, round_index, muted=point.in_training(round_index) or point.past_training(round_index))
+    if not point.past_training(round_index):
+        if round_index == 0:
+            warm_up(stages, config, point, log)
+        else:
+            learn(stages, config, round_index, point, log)
+    log.muted = False
+    row = round_row(stages, round_index)
+    if is_due(config.eval, round_index, stages.config.rounds):
+        chain = FilterChain(
+            eval_filters(stages),
+            seed=config.seed,
+            round_index=round_index,
+            cache_dir=stages.cache_dir,
+            encoder=stages.encoder,
+        )
+        with chain:
+            row |= evaluate(
+                stages,
+                config,
+                round_index=round_index,
+                weights_hash=live_hash(stages),
+                open_engine=lambda: stages.session.serve(LIVE, None),
+                chain=chain,
+                log=log,
+            )
+    if len(row) > 1:
+        log("round", **{key: row[key] for key in row if key.startswith("eval/") or key == "filters/num_accepted"})
+        run.stats.append(row)
+        stages.view.round_done(row, time.monotonic() - start)
+    best = best_round(run.stats.rows(), config.eval.metric) if config.eval else None
+    run.checkpoints.retain(
+        config.checkpoints.keep, best=round_key(best) if best is not None and config.checkpoints.keep_best else None
+    )
+
+
+def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log: RoundLog) -> None:
+    """Generate, filter, train and commit one round."""
+    run = stages.run
+    if not point.in_training(round_index):
+        weights, folder = generating_weights(stages, config)
+        chain = FilterChain(
+            stages.filters,
+            seed=config.seed,
+            round_index=round_index,
+            accepted_earlier=AcceptedEarlier(run.shards, round_index),
+            cache_dir=stages.cache_dir,
+            encoder=stages.encoder,
+            max_length=config.train.max_length,
+            scores_read=scores_read(config),
+        )
+        log("start", start_from=config.train.start_from, weights=weights)
+        with chain:
+            judge_round(
+                stages,
+                config,
+                choose_prompts(stages, config, round_index),
+                round_index=round_index,
+                weights_hash=live_hash(stages) if weights == LIVE else weights,
+                open_engine=lambda: stages.session.serve(weights, folder),
+                chain=chain,
+                log=log,
+            )
+        stages.session.close()
+    counter = count_round(stages, round_index)
+    check_budget(config.guards, num_tokens=stages.tokens_generated, hours=stages.hours())
+    show_samples(stages, round_index)
+    if check_round(counter, config.guards, round_index=round_index):
+        rows, scores = gather_rows(stages, config, round_index)
+        passes = plan_passes(config.train, rows, scores, seed=config.seed, round_index=round_index)
+        seal_training_rows(stages, round_index, rows, passes)
+        log("selected", num_rows=len(rows), num_steps=sum(len(one.steps) for one in passes))
+        if not point.in_training(round_index):
+            place_weights(stages, config)
+        train_round(
+            stages,
+            passes,
+            rows,
+            round_index=round_index,
+            keep_optimizer=config.train.optimizer_state == "keep",
+            done=point.step or 0 if point.in_training(round_index) else 0,
+            log=log,
+        )
+    else:
+        log("skipped", reason="nothing accepted")
+    commit_round(stages, round_index, with_state=config.train.start_from == "previous")
+
+
+def warm_up(stages: Stages, config: Any, point: ResumePoint, log: RoundLog) -> None:
+    """Supervised training on seed data before round 1 (checkpoint 0000); nothing without a `warmup` section."""
+    if config.warmup is None:
+        return
+    section = config.warmup.training(config.train)
+    passes = plan_passes(section, stages.warmup_rows, [{}] * len(stages.warmup_rows), seed=config.seed, round_index=0)
+    log("start", start_from="base", weights="base")
+    train_round(stages, passes, stages.warmup_rows, round_index=0, keep_optimizer=False, done=point.step or 0, log=log)
+    commit_round(stages, 0, with_state=config.train.start_from == "previous")
+
+
+def place_weights(stages: Stages, config: Any) -> None:
+    """Put the weights that this round's training starts from into the learner."""
+    start = config.train.start_from
+    if start == "base":
+        stages.learner.load_weights(None)
+    elif start == "best":
+        stages.learner.load_weights(best_folder(stages.run, stages.run.stats.rows(), config.eval.metric)[1])
+    elif start == "warmup":
+        stages.learner.load_weights(stages.run.checkpoints.verified(round_key(0)).path)
+
+
+def generating_weights(stages: Stages, config: Any) -> tuple[str, Path | None]:
+    """(name, folder) of the weights that generate this round; folder None stands for the live weights."""
+    source = config.generate.from_
+    if source == "current":
+        return (LIVE, None)
+    if source == "base":
+        return ("base", stages.base_folder)
+    if source == "best":
+        key, folder = best_folder(stages.run, stages.run.stats.rows(), config.eval.metric)
+        return (key, folder or stages.base_folder)
+    return (str(source), Path(str(source)))
+
+
+def live_hash(stages: Stages) -> str:
+    """The content hash of the weights that are live: the newest checkpoint's, or the base model's before the first."""
+    checkpoint = stages.run.checkpoints.newest()
+    return stages.base_hash if checkpoint is None else str(checkpoint.weights_hash)
+
+
+def choose_prompts(stages: Stages, config: Any, round_index: int) -> list[Any]:
+    """The round's prompts, sealed once chosen."""
+    shards = stages.run.shards
+    if shards.read(round_index, PROMPTS) is None:
+        history = read_history(stages, round_index) if needs_history(config.prompts) else {}
+        chosen = select_round(
+            stages.prompts, config.prompts, round_index=round_index, seed=config.seed, history=history
+        )
+        shards.seal(round_index, PROMPTS, [prompt_to_row(prompt) for prompt in chosen], {})
+    return list(read_prompts(shards, round_index).values())
+
+
+def needs_history(section: Any) -> bool:
+    """Whether choosing prompts looks at earlier rounds."""
+    return section.order == "hardest_first" or section.skip is not None
+
+
+def read_history(stages: Stages, round_index: int) -> Mapping[str, PromptHistory]:
+    """What became of every prompt in the rounds before this one."""
+    counts: dict[str, list[float]] = {}
+    for earlier in range(1, round_index):
+        rates: dict[str, list[int]] = {}
+        for stored in iter_round(stages.run.shards, earlier):
+            rate = rates.setdefault(stored.sample.prompt_id, [0, 0])
+            rate[0] += 1
+            rate[1] += stored.accepted
+        for prompt_id, (made, accepted) in rates.items():
+            samples, kept, _, _ = counts.get(prompt_id, [0, 0, 0, 0.0])
+            counts[prompt_id] = [samples + made, kept + accepted, earlier, accepted / made]
+    return {key: PromptHistory(int(n), int(a), int(last), rate) for key, (n, a, last, rate) in counts.items()}
+
+
+def count_round(stages: Stages, round_index: int) -> RoundCounter:
+    """The round's figures, from its sealed shards."""
+    counter = RoundCounter()
+    for stored in iter_round(stages.run.shards, round_index):
+        counter.add(stored)
+    return counter
+
+
+def round_row(stages: Stages, round_index: int) -> dict[str, Any]:
+    """The round's statistics without its evaluation, from sealed shards and the ledger alone."""
+    row: dict[str, Any] = {"round": round_index}
+    train = TrainCounter()
+    for entry in stages.run.ledger.rows():
+        if entry["event"] == "step" and entry["round"] == round_index:
+            train.add(entry)
+    if round_index:
+        counter = count_round(stages, round_index)
+        row |= counter.generate_row() | counter.filters_row()
+    if round_index or train.num_steps:
+        found = stages.run.shards.read(round_index, "train")
+        row |= train.row(len(found[0]) if found else len(stages.warmup_rows) if not round_index else 0)
+    return row
+
+
+def show_samples(stages: Stages, round_index: int, each: int = 3) -> None:
+    """Hand the first accepted and rejected samples of the round to the view."""
+    stored = list(islice(iter_round(stages.run.shards, round_index), 512))
+    accepted = [one for one in stored if one.accepted][:each]
+    rejected = [one for one in stored if not one.accepted][:each]
+    stages.view.samples(round_index, accepted, rejected)
+
+
+def eval_filters(stages: Stages) -> list[Any]:
+    """The filters that must keep an answer for it to count as correct: `eval.correct`, or all per-sample filters of the list."""
+    section = stages.config.eval
+    return [
+        one
+        for one in stages.filters
+        if (
+            one.name in section.correct if section.correct is not None else one.kind == "sample" and not one.scores_only
+        )
+    ]
+
+
+def scores_read(config: Any) -> set[str]:
+    """The scores that training reads."""
+    from iterative_sft_cli.config.expression import Expression
+
+    read: set[str] = set()
+    if isinstance(config.train.weight_by, str):
+        read |= set(Expression(config.train.weight_by).names)
+    return read | {one.by for one in config.train.passes or () if one.by}

@@ -1,0 +1,1 @@
+"""The phases of a round, each a function of the stages and the run directory; `loop.py` puts them in order."""

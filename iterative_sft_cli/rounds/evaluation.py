@@ -1,0 +1,112 @@
+"""Evaluate on prompts that are never trained on; sealed like every shard, so that an interrupted evaluation goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from iterative_sft_cli.eval import PromptResult, summarize
+from iterative_sft_cli.filters import FilterChain
+from iterative_sft_cli.rounds.judge import decoding_of, generate_shard, into_shards, make_requests, seeds_of
+from iterative_sft_cli.rounds.stages import RoundLog, Stages
+from iterative_sft_cli.samples import EVAL, sample_to_row
+from iterative_sft_cli.types import Decoding, Request
+
+GREEDY_INDEX = -1
+"""`sample_index` of the greedy sample of a prompt."""
+
+
+def is_due(section: Any, round_index: int, rounds: int) -> bool:
+    """Whether this round is evaluated: the start, every `eval.every` rounds, and the last."""
+    return section is not None and (round_index % int(section.every) == 0 or round_index == rounds)
+
+
+def evaluate(
+    stages: Stages,
+    config: Any,
+    *,
+    round_index: int,
+    weights_hash: str,
+    open_engine: Any,
+    chain: FilterChain,
+    log: RoundLog,
+) -> dict[str, Any]:
+    """The `eval/...` figures of the weights that `open_engine` serves, from sealed samples of every eval prompt."""
+    section, prompts = config.eval, stages.eval_prompts
+    decoding = decoding_of(section, stages.encoder)
+    num_samples = int(section.samples_per_prompt)
+    plans: list[tuple[list[Request], Decoding]] = []
+    # the same seeds each round: a change of the figures is a change of the weights
+    requests = make_requests(stages, prompts, num_samples, purpose="eval", round_index=0)
+    plans += [(shard, decoding) for shard in into_shards(requests)]
+    if section.greedy and decoding.do_sample:
+        alone = make_requests(stages, prompts, 1, purpose="eval-greedy", round_index=0)
+        greedy = [replace(request, sample_indices=(GREEDY_INDEX,)) for request in alone]
+        plans += [(shard, replace(decoding, do_sample=False)) for shard in into_shards(greedy)]
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    start = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    total = sum(len(request.seeds) for shard, _ in plans for request in shard)
+    with stages.view.phase("eval", round_index, total, "samples") as phase:
+        for index, (shard, how) in enumerate(plans):
+            name = f"{EVAL}-{index:05d}"
+            found = stages.run.shards.read(round_index, name)
+            if found is None:
+                stream = chain.open_shard()
+                samples, plan = generate_shard(
+                    stages,
+                    open_engine(),
+                    shard,
+                    how,
+                    round_index=round_index,
+                    name=name,
+                    prompts=by_id,
+                    phase=phase,
+                    on_sample=stream.submit,
+                )
+                seeds = seeds_of(shard)
+                made = [
+                    sample_to_row(one.sample, seeds[one.sample.prompt_id, one.sample.sample_index])
+                    | {"correct": one.kept, "answer": vote_of(one), "says": [says.to_row() for says in one.says]}
+                    for one in stream.finish(samples)
+                ]
+                stages.run.shards.seal(round_index, name, made, {"weights": weights_hash, "plan": plan})
+            else:
+                made = found[0]
+                phase.advance(len(made))
+            rows += made
+            log("evaluated", shard=name, num_samples=len(made))
+    stages.run.telemetry.append({"event": "eval", "round": round_index, "seconds": time.monotonic() - start})
+    return summarize(results_of(rows, prompts), section.k, seed=config.seed)
+
+
+def vote_of(judged: Any) -> str | None:
+    """The final answer a sample votes for: what a verifier extracted (`answer` in its extras), None when none did."""
+    for says in judged.says:
+        answer = says.extra.get("answer")
+        if answer is not None:
+            return str(answer)
+    return None
+
+
+def results_of(rows: Sequence[dict[str, Any]], prompts: Sequence[Any]) -> list[PromptResult]:
+    """Eval rows grouped by prompt, in the prompts' order."""
+    grouped: dict[str, list[dict[str, Any]]] = {prompt.prompt_id: [] for prompt in prompts}
+    for row in rows:
+        grouped[row["prompt_id"]].append(row)
+    results = []
+    for prompt in prompts:
+        sampled = [row for row in grouped[prompt.prompt_id] if row["sample_index"] != GREEDY_INDEX]
+        greedy = [row for row in grouped[prompt.prompt_id] if row["sample_index"] == GREEDY_INDEX]
+        results.append(
+            PromptResult(
+                prompt_id=prompt.prompt_id,
+                correct=tuple(row["correct"] for row in sampled),
+                answers=tuple(row["answer"] for row in sampled),
+                level=prompt.level,
+                greedy_correct=greedy[0]["correct"] if greedy else None,
+            )
+        )
+    return results

@@ -1,0 +1,81 @@
+"""Everything a round works with, built once before round 1 and handed from phase to phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from iterative_sft_cli.generate.base import Engine
+from iterative_sft_cli.rounds.weights import EngineSession
+from iterative_sft_cli.samples import StoredSample
+from iterative_sft_cli.train.base import Learner
+from iterative_sft_cli.types import Prompt, TrainRow
+
+
+class Phase(Protocol):
+    """A phase that is shown while it runs."""
+
+    def advance(self, amount: int = 0, tokens: int = 0) -> None: ...
+
+
+class View(Protocol):
+    """What a person sees of a run; the loop tells it, it never asks."""
+
+    def phase(self, name: str, round_index: int, total: int, unit: str) -> AbstractContextManager[Phase]: ...
+
+    def round_done(self, row: dict[str, Any], seconds: float) -> None: ...
+
+    def samples(self, round_index: int, accepted: Sequence[StoredSample], rejected: Sequence[StoredSample]) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass
+class Stages:
+    """The parts of a run. `stop` raises Preempted or Interrupted when a signal arrived, else returns at once."""
+
+    config: Any
+    run: Any
+    encoder: Any
+    learner: Learner
+    engine: Engine
+    prompts: Sequence[Prompt]
+    eval_prompts: Sequence[Prompt]
+    filters: Sequence[Any]
+    view: View
+    stop: Callable[[], None]
+    base_hash: str
+    mix_rows: Sequence[TrainRow] = ()
+    warmup_rows: Sequence[TrainRow] = ()
+    cache_dir: Path | None = None
+    grace_s: float | None = None
+    base_folder: Path | None = None
+    session: EngineSession = field(init=False)
+    started: float = field(default_factory=time.monotonic)
+    last_save_s: float = 0.0
+    tokens_generated: int = 0
+
+    def __post_init__(self) -> None:
+        self.session = EngineSession(self.engine, self.learner, self.run.telemetry)
+
+    def hours(self) -> float:
+        """Wall time of this process's part of the run, in hours."""
+        return (time.monotonic() - self.started) / 3600.0
+
+
+class RoundLog:
+    """The ledger as one round sees it: silent while the rows are those that the ledger already holds from before a resume."""
+
+    def __init__(self, ledger: Any, round_index: int, *, muted: bool) -> None:
+        self._ledger = ledger
+        self._round_index = round_index
+        self.muted = muted
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Append a decision of this round."""
+        if not self.muted:
+            self._ledger.append({"event": event, "round": self._round_index, **fields})

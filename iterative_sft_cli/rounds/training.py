@@ -1,0 +1,240 @@
+"""Train on what was accepted: a round's rows, its optimizer steps, saves between them, and the checkpoint that ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from iterative_sft_cli.config.expression import Expression
+from iterative_sft_cli.errors import DataError, GuardStop, Interrupted, OutOfMemoryError, Preempted
+from iterative_sft_cli.rounds.stages import RoundLog, Stages
+from iterative_sft_cli.rounds.weights import round_key
+from iterative_sft_cli.samples import TRAIN, StoredSample, iter_accepted
+from iterative_sft_cli.train.base import TrainOutOfMemory
+from iterative_sft_cli.train.pool import deal, draw_seed_rows, num_seed_rows, pool_rounds, times_trained
+from iterative_sft_cli.types import TrainRow, derive_seed
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPass:
+    """One pass over some of the round's rows: settings and, for each optimizer step, the rows it trains on."""
+
+    settings: Any
+    steps: list[list[int]]
+
+
+def scores_of(stored: StoredSample) -> dict[str, float | None]:
+    """What the filters scored a sample, by filter name."""
+    return {says["filter"]: says.get("score") for says in stored.says}
+
+
+def weight_of(expression: Expression | None, stored: StoredSample) -> float:
+    """The training weight that `train.weight_by` gives a sample; 1 without it. Raises DataError when a score is missing."""
+    if expression is None:
+        return 1.0
+    scores = scores_of(stored)
+    missing = sorted(name for name in expression.names if scores.get(name) is None)
+    if missing:
+        raise DataError(
+            f"sample {stored.sample.sample_id} has no score `{missing[0]}`",
+            where="train.weight_by",
+            hint="name a filter that scores every accepted sample",
+        )
+    return float(expression({name: float(scores[name] or 0.0) for name in expression.names}))
+
+
+def gather_rows(stages: Stages, config: Any, round_index: int) -> tuple[list[TrainRow], list[dict[str, float | None]]]:
+    """The rows of a round in the order of their rounds and samples, seed data last; and each row's scores."""
+    section = config.train
+    expression = Expression(section.weight_by) if isinstance(section.weight_by, str) else None
+    rows: list[TrainRow] = []
+    scores: list[dict[str, float | None]] = []
+    for stored in iter_accepted(stages.run.shards, pool_rounds(section.data, round_index)):
+        rows.append(stages.encoder.training_row(stored.sample, weight=weight_of(expression, stored)))
+        scores.append(scores_of(stored))
+    if section.mix is not None:
+        wanted = num_seed_rows(float(section.mix.share), len(rows), len(stages.mix_rows))
+        for index in draw_seed_rows(len(stages.mix_rows), wanted, seed=config.seed, round_index=round_index):
+            rows.append(stages.mix_rows[index])
+            scores.append({})
+    return rows, scores
+
+
+def plan_passes(
+    section: Any, rows: Sequence[TrainRow], scores: Sequence[Mapping[str, float | None]], *, seed: int, round_index: int
+) -> list[TrainPass]:
+    """The passes of a round: one, or ReST's list of passes with rising thresholds (each on the rows that reach its threshold)."""
+    passes = section.passes or [None]
+    planned = []
+    for index, one in enumerate(passes):
+        settings = section if one is None else section.model_copy(update=one.overrides())
+        keep = list(range(len(rows)))
+        if one is not None and one.threshold is not None:
+            keep = [i for i in keep if _reaches(scores[i], one.by, float(one.threshold))]
+        steps = deal(
+            len(keep),
+            epochs=None if settings.epochs is None else float(settings.epochs),
+            steps=None if settings.steps is None else int(settings.steps),
+            batch_size=int(settings.batch_size),
+            seed=seed,
+            round_index=round_index,
+            pass_index=index,
+        )
+        planned.append(TrainPass(settings, [[keep[i] for i in step] for step in steps]))
+    return planned
+
+
+def _reaches(scores: Mapping[str, float | None], by: str | None, threshold: float) -> bool:
+    if not scores:  # seed data has no scores and is in every pass
+        return True
+    values = [scores.get(by)] if by else [v for v in scores.values() if v is not None][-1:]
+    return bool(values) and values[0] is not None and values[0] >= threshold
+
+
+def train_round(
+    stages: Stages,
+    passes: Sequence[TrainPass],
+    rows: Sequence[TrainRow],
+    *,
+    round_index: int,
+    keep_optimizer: bool,
+    done: int,
+    log: RoundLog,
+) -> None:
+    """Take the round's optimizer steps from step `done` on (0: all); weights and optimizer are already in place.
+
+    A signal saves the last whole step, then its exception goes on.
+    """
+    run, learner = stages.run, stages.learner
+    total = sum(len(one.steps) for one in passes)
+    last_saved, last_save = done, time.monotonic()
+    step = 0
+    start = time.monotonic()
+    tokens = 0
+    with stages.view.phase("train", round_index, total, "steps") as phase:
+
+        def heartbeat(num_tokens: int) -> None:
+            stages.stop()
+            phase.advance(tokens=num_tokens)
+
+        learner.heartbeat = heartbeat
+        try:
+            for index, one in enumerate(passes):
+                if step + len(one.steps) <= done:
+                    step += len(one.steps)
+                    phase.advance(len(one.steps))
+                    continue
+                resumed = step < done
+                seed = derive_seed(stages.config.seed, "train", round_index, index)
+                learner.begin(
+                    one.settings, len(one.steps), seed=seed, keep_optimizer=resumed or keep_optimizer or index > 0
+                )
+                for position, indices in enumerate(one.steps):
+                    if step < done:
+                        step += 1
+                        phase.advance(1)
+                        continue
+                    log.muted = False
+                    stages.stop()
+                    stats = _step(stages, [rows[i] for i in indices], position, step, round_index)
+                    _check_finite(one.settings, stats, round_index, step + 1)
+                    step += 1
+                    tokens += stats.get("num_tokens", 0)
+                    log("step", step=step, **stats)
+                    phase.advance(1)
+                    if step < total and _save_is_due(stages.config.checkpoints, step - last_saved, last_save):
+                        save_mid_round(stages, round_index, step)
+                        last_saved, last_save = step, time.monotonic()
+        except (Preempted, Interrupted):
+            affordable = stages.grace_s is None or stages.last_save_s <= stages.grace_s
+            if step > last_saved and affordable:
+                save_mid_round(stages, round_index, step)
+            raise
+    log.muted = False
+    seconds = time.monotonic() - start
+    run.telemetry.append({"event": "train", "round": round_index, "seconds": seconds, "num_tokens": tokens})
+
+
+def _step(stages: Stages, batch: Sequence[TrainRow], position: int, step: int, round_index: int) -> dict[str, Any]:
+    """One optimizer step; running out of memory halves the micro-batch, keeps the effective batch and is a sealed decision."""
+    shards = stages.run.shards
+    micro: int | None = None
+    for name in shards.names(round_index, "split-train-"):
+        found = shards.read(round_index, name)
+        if found is not None and found[0][0]["step"] <= step:
+            micro = found[0][0]["micro_batch_tokens"]
+    while True:
+        try:
+            return stages.learner.step(batch, position, micro)
+        except TrainOutOfMemory as error:
+            longest = max(len(row.input_ids) for row in batch)
+            now = micro or sum(len(row.input_ids) for row in batch)
+            if now <= longest:
+                raise OutOfMemoryError(
+                    "memory ran out while training on a single row",
+                    where=f"round {round_index}, step {step + 1}",
+                    hint="set train.gradient_checkpointing: true, lower max_length, use LoRA (model.adapter), or a smaller model",
+                ) from error
+            micro = max(longest, now // 2)
+            tries = len(shards.names(round_index, f"split-train-{step:06d}-"))
+            shards.seal(
+                round_index, f"split-train-{step:06d}-{tries}", [{"step": step, "micro_batch_tokens": micro}], {}
+            )
+
+
+def _check_finite(section: Any, stats: Mapping[str, Any], round_index: int, step: int) -> None:
+    if stats.get("skipped_nonfinite") and getattr(section, "on_nonfinite", "skip") == "stop":
+        raise GuardStop(
+            f"round {round_index}, step {step}: the loss or gradient is not finite; the step was not taken",
+            where="train.on_nonfinite",
+            hint="lower train.learning_rate or set train.max_grad_norm; train.on_nonfinite: skip goes on without such steps",
+        )
+
+
+def _save_is_due(section: Any, steps_since: int, last_save: float) -> bool:
+    if section.every_steps is not None and steps_since >= section.every_steps:
+        return True
+    return section.every_s is not None and time.monotonic() - last_save >= section.every_s
+
+
+def save_mid_round(stages: Stages, round_index: int, step: int) -> None:
+    """A checkpoint between two optimizer steps, from which training goes on to the same bytes."""
+    start = time.monotonic()
+    key = f"{round_key(round_index)}-{step:06d}"
+    stages.run.checkpoints.commit(
+        key, lambda folder: stages.learner.save(folder, state=True), {"round": round_index, "step": step}
+    )
+    stages.run.checkpoints.drop_partial(round_index, keep=key)
+    stages.last_save_s = time.monotonic() - start
+    stages.run.telemetry.append({"event": "save", "key": key, "seconds": stages.last_save_s})
+
+
+def seal_training_rows(stages: Stages, round_index: int, rows: Sequence[TrainRow], passes: Sequence[TrainPass]) -> None:
+    """Write which samples train, how often and with which weight, unless it is sealed already."""
+    if stages.run.shards.read(round_index, TRAIN) is None:
+        counts = times_trained([step for one in passes for step in one.steps], len(rows))
+        stages.run.shards.seal(
+            round_index,
+            TRAIN,
+            [
+                {"sample_id": row.sample_id, "times": times, "weight": row.weight, "num_tokens": len(row.input_ids)}
+                for row, times in zip(rows, counts, strict=True)
+            ],
+            {"num_steps": sum(len(one.steps) for one in passes)},
+        )
+
+
+def commit_round(stages: Stages, round_index: int, *, with_state: bool) -> None:
+    """The round's checkpoint. Without saved state the live weights are read back from it, so that going on and resuming are the same."""
+    start = time.monotonic()
+    key = round_key(round_index)
+    stages.run.checkpoints.commit(
+        key, lambda folder: stages.learner.save(folder, state=with_state), {"round": round_index, "step": None}
+    )
+    stages.run.checkpoints.drop_partial(round_index)
+    if not with_state:
+        stages.learner.load_weights(stages.run.checkpoints.verified(key).path)
+    stages.last_save_s = time.monotonic() - start
+    stages.run.telemetry.append({"event": "save", "key": key, "seconds": stages.last_save_s})

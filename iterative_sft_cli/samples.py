@@ -1,0 +1,160 @@
+"""The stored form of samples: rows of the sealed shards, and the lazy readers that join them again.
+
+A round's prompts stand once in `prompts.jsonl`; `generated-*.jsonl` rows name a prompt and hold what was sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.types import Prompt, Sample
+
+GENERATED = "generated"
+VERDICTS = "verdicts"
+ROUND_VERDICTS = "verdicts-round"
+PROMPTS = "prompts"
+TRAIN = "train"
+EVAL = "eval"
+
+
+class Shards(Protocol):
+    """The part of a run directory that holds sealed JSONL files."""
+
+    def read(self, round_index: int, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]] | None: ...
+
+    def names(self, round_index: int, prefix: str) -> list[str]: ...
+
+
+def prompt_to_row(prompt: Prompt) -> dict[str, Any]:
+    """The JSON form of a prompt."""
+    return {
+        "prompt_id": prompt.prompt_id,
+        "prompt": prompt.prompt,
+        "answer": prompt.answer,
+        "level": prompt.level,
+        "row": dict(prompt.row),
+    }
+
+
+def prompt_from_row(row: Mapping[str, Any]) -> Prompt:
+    """The prompt that `prompt_to_row` wrote."""
+    return Prompt(row["prompt_id"], row["prompt"], row.get("answer"), row.get("level"), row.get("row") or {})
+
+
+def sample_to_row(sample: Sample, seed: int) -> dict[str, Any]:
+    """The JSON form of a sample as generated; the prompt is named, not repeated."""
+    return {
+        "sample_id": sample.sample_id,
+        "prompt_id": sample.prompt_id,
+        "sample_index": sample.sample_index,
+        "round_index": sample.round_index,
+        "completion": sample.completion,
+        "completion_ids": list(sample.completion_ids),
+        "prompt_ids": list(sample.prompt_ids),
+        "finish_reason": sample.finish_reason,
+        "seed": seed,
+        "logprob": sample.logprob,
+    }
+
+
+def sample_from_row(row: Mapping[str, Any], prompt: Prompt) -> Sample:
+    """The sample that `sample_to_row` wrote, joined with its prompt."""
+    return Sample(
+        prompt_id=row["prompt_id"],
+        sample_id=row["sample_id"],
+        round_index=row["round_index"],
+        prompt=prompt.prompt,
+        completion=row["completion"],
+        answer=prompt.answer,
+        row=prompt.row,
+        prompt_ids=tuple(row["prompt_ids"]),
+        completion_ids=tuple(row["completion_ids"]),
+        finish_reason=row["finish_reason"],
+        logprob=row.get("logprob"),
+        final=row["completion"],
+        sample_index=row["sample_index"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSample:
+    """A sample of a sealed round with everything that was said of it; `says` are the filters' rows in order."""
+
+    sample: Sample
+    seed: int
+    says: tuple[Mapping[str, Any], ...]
+    accepted: bool
+
+    @property
+    def rejected_by(self) -> Mapping[str, Any] | None:
+        """The row of the filter that dropped the sample, None when it was accepted."""
+        return next((says for says in self.says if not says["keep"]), None)
+
+
+def _need(shards: Shards, round_index: int, name: str) -> list[dict[str, Any]]:
+    found = shards.read(round_index, name)
+    if found is None:
+        raise DataError(
+            f"rounds/{round_index:04d}/{name}.jsonl is missing or damaged",
+            hint="run `isft verify` to see what is damaged; `isft train` on the same config makes again what it can",
+        )
+    return found[0]
+
+
+def read_prompts(shards: Shards, round_index: int) -> dict[str, Prompt]:
+    """The prompts of a round by id, in their order."""
+    return {row["prompt_id"]: prompt_from_row(row) for row in _need(shards, round_index, PROMPTS)}
+
+
+def read_generated(shards: Shards, round_index: int, name: str, prompts: Mapping[str, Prompt]) -> list[Sample]:
+    """The samples of one sealed shard, in the shard's order."""
+    return [sample_from_row(row, prompts[row["prompt_id"]]) for row in _need(shards, round_index, name)]
+
+
+def read_round_verdicts(shards: Shards, round_index: int) -> dict[str, list[dict[str, Any]]]:
+    """What the round-wide filters said, by sample id; empty when there were none."""
+    found = shards.read(round_index, ROUND_VERDICTS)
+    return {} if found is None else {row["sample_id"]: row["says"] for row in found[0]}
+
+
+def iter_round(shards: Shards, round_index: int) -> Iterator[StoredSample]:
+    """Every sample of a judged round in order, one shard in memory at a time.
+
+    Raises DataError when a shard or its verdicts are missing or damaged.
+    """
+    prompts = read_prompts(shards, round_index)
+    later = read_round_verdicts(shards, round_index)
+    for name in shards.names(round_index, GENERATED):
+        rows = _need(shards, round_index, name)
+        verdicts = _need(shards, round_index, name.replace(GENERATED, VERDICTS, 1))
+        for row, verdict in zip(rows, verdicts, strict=True):
+            says = (*verdict["says"], *later.get(row["sample_id"], ()))
+            accepted = bool(says) and all(one["keep"] for one in says) if says else bool(verdict["kept"])
+            yield StoredSample(sample_from_row(row, prompts[row["prompt_id"]]), row["seed"], says, accepted)
+
+
+def iter_accepted(shards: Shards, rounds: Sequence[int]) -> Iterator[StoredSample]:
+    """The accepted samples of the given rounds, oldest round first."""
+    for round_index in rounds:
+        for stored in iter_round(shards, round_index):
+            if stored.accepted:
+                yield stored
+
+
+class AcceptedEarlier:
+    """What was accepted before a round, as light records for filters that look back; reads lazily, may be iterated often."""
+
+    def __init__(self, shards: Shards, before: int) -> None:
+        self._shards = shards
+        self._before = before
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for stored in iter_accepted(self._shards, range(1, self._before)):
+            yield {
+                "prompt_id": stored.sample.prompt_id,
+                "completion": stored.sample.completion,
+                "round_index": stored.sample.round_index,
+            }

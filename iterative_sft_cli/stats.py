@@ -1,0 +1,202 @@
+"""The figures of one round: what `stats.jsonl` holds, as flat keys named after the stages; no clock, no path, no tensor.
+
+Definitions are in the docstring of each figure's function; every figure is a function of the sealed shards.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from iterative_sft_cli.samples import StoredSample
+from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP
+
+DIVERSITY_TOKENS = 20_000
+"""distinct-n and the compression ratio look at this many tokens at most: both fall with the amount of text."""
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-quantile (0..1) by the nearest rank; 0.0 for no values."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    return float(ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))])
+
+
+class RoundCounter:
+    """Adds up a round sample by sample; holds counts, lengths and a bounded amount of text, never the samples."""
+
+    def __init__(self) -> None:
+        self.num_samples = 0
+        self.num_tokens = 0
+        self.finish: Counter[str] = Counter()
+        self.lengths: list[int] = []
+        self.accepted_lengths: list[int] = []
+        self.empty = 0
+        self.by_prompt: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.entered: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}
+        self.reasons: dict[str, Counter[str]] = defaultdict(Counter)
+        self.scores: dict[str, list[float]] = defaultdict(list)
+        self.num_accepted = 0
+        self.unique: set[int] = set()
+        self.logprob = 0.0
+        self.logprob_tokens = 0
+        self.tokens: list[int] = []
+        self.ngrams: dict[int, set[tuple[int, ...]]] = {1: set(), 2: set(), 4: set()}
+        self.ngram_counts: Counter[int] = Counter()
+
+    def add(self, stored: StoredSample) -> None:
+        """Count one judged sample."""
+        sample = stored.sample
+        length = len(sample.completion_ids)
+        self.num_samples += 1
+        self.num_tokens += length
+        self.finish[sample.finish_reason] += 1
+        self.lengths.append(length)
+        self.empty += not sample.completion.strip()
+        self.by_prompt[sample.prompt_id][0] += 1
+        for says in stored.says:
+            name = says["filter"]
+            self.entered[name] = self.entered.get(name, 0) + 1
+            if not says["keep"]:
+                self.dropped[name] = self.dropped.get(name, 0) + 1
+                self.reasons[name][says.get("reason") or "rejected"] += 1
+            if says.get("score") is not None:
+                self.scores[name].append(float(says["score"]))
+        if sample.logprob is not None and length:
+            self.logprob += sample.logprob
+            self.logprob_tokens += length
+        if not stored.accepted:
+            return
+        self.num_accepted += 1
+        self.accepted_lengths.append(length)
+        self.by_prompt[sample.prompt_id][1] += 1
+        self.unique.add(hash((sample.prompt_id, sample.completion)))
+        if len(self.tokens) < DIVERSITY_TOKENS:
+            ids = sample.completion_ids
+            self.tokens += ids
+            for n, seen in self.ngrams.items():
+                grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+                seen.update(grams)
+                self.ngram_counts[n] += len(grams)
+
+    def generate_row(self) -> dict[str, Any]:
+        """`generate/...`: counts, lengths in tokens, the shares of each way to end, mean negative log-likelihood per token."""
+        n = max(1, self.num_samples)
+        row: dict[str, Any] = {
+            "generate/num_prompts": len(self.by_prompt),
+            "generate/num_samples": self.num_samples,
+            "generate/num_tokens": self.num_tokens,
+            "generate/mean_tokens": self.num_tokens / n,
+            "generate/p50_tokens": percentile(self.lengths, 0.5),
+            "generate/p95_tokens": percentile(self.lengths, 0.95),
+            "generate/eos_rate": (self.finish[EOS] + self.finish[STOP]) / n,
+            "generate/truncated_rate": self.finish[LENGTH] / n,
+            "generate/prompt_too_long": self.finish[PROMPT_TOO_LONG],
+            "generate/empty_rate": self.empty / n,
+        }
+        if self.logprob_tokens:
+            row["generate/token_nll"] = -self.logprob / self.logprob_tokens
+        return row
+
+    def filters_row(self) -> dict[str, Any]:
+        """`filters/...`: yield, coverage, difficulty, diversity of what was accepted, and the funnel of each filter."""
+        n, accepted = max(1, self.num_samples), self.num_accepted
+        prompts = max(1, len(self.by_prompt))
+        rates = [a / s for s, a in self.by_prompt.values()]
+        solved = sum(a > 0 for _, a in self.by_prompt.values())
+        squares = sum(a * a for _, a in self.by_prompt.values())
+        easy = sum(a for s, a in self.by_prompt.values() if a / s > 0.75)
+        row: dict[str, Any] = {
+            "filters/num_accepted": accepted,
+            "filters/accept_rate": accepted / n,
+            "filters/num_unique": len(self.unique),
+            "filters/num_solved": solved,
+            "filters/solved_rate": solved / prompts,
+            "filters/all_accepted_rate": sum(r == 1.0 for r in rates) / prompts,
+            "filters/none_accepted_rate": sum(r == 0.0 for r in rates) / prompts,
+            "filters/difficulty": difficulty_histogram(rates),
+        }
+        if accepted:
+            mean_accepted = sum(self.accepted_lengths) / accepted
+            row |= {
+                "filters/unique_rate": len(self.unique) / accepted,
+                "filters/mean_accepted_tokens": mean_accepted,
+                "filters/length_bias": mean_accepted / max(1e-9, self.num_tokens / n),
+                "filters/easy_share": easy / accepted,
+                "filters/effective_prompts": accepted * accepted / squares,
+                "filters/compression_ratio": compression_ratio(self.tokens),
+            }
+            for size, seen in self.ngrams.items():
+                if self.ngram_counts[size]:
+                    row[f"filters/distinct_{size}"] = len(seen) / self.ngram_counts[size]
+        for name, entered in self.entered.items():
+            row[f"filters/{name}/entered"] = entered
+            row[f"filters/{name}/dropped"] = self.dropped.get(name, 0)
+            for reason, count in sorted(self.reasons[name].items()):
+                row[f"filters/{name}/reason/{reason}"] = count
+            if self.scores[name]:
+                row[f"filters/{name}/mean_score"] = sum(self.scores[name]) / len(self.scores[name])
+        return row
+
+
+def difficulty_histogram(rates: Sequence[float]) -> list[int]:
+    """Prompts by their share of accepted samples: 0, (0, .25], (.25, .5], (.5, .75], (.75, 1), 1."""
+    bins = [0] * 6
+    for rate in rates:
+        bins[0 if rate == 0 else 5 if rate == 1 else 1 + min(3, math.ceil(rate * 4) - 1)] += 1
+    return bins
+
+
+def compression_ratio(tokens: Sequence[int]) -> float:
+    """zlib's compressed share of the token bytes: low means repetitive; a cheap sign of collapse."""
+    raw = b"".join(int(t).to_bytes(4, "little") for t in tokens[:DIVERSITY_TOKENS])
+    return len(zlib.compress(raw, 6)) / len(raw) if raw else 0.0
+
+
+class TrainCounter:
+    """Adds up the optimizer steps of a round."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.weights: list[int] = []
+        self.grad_norms: list[float] = []
+        self.learning_rate = 0.0
+        self.num_steps = 0
+        self.num_tokens = 0
+        self.num_trained_tokens = 0
+        self.skipped_nonfinite = 0
+
+    def add(self, step: Mapping[str, Any]) -> None:
+        """Count one optimizer step's statistics."""
+        self.num_steps += 1
+        self.num_tokens += step.get("num_tokens", 0)
+        self.num_trained_tokens += step.get("num_trained_tokens", 0)
+        self.skipped_nonfinite += step.get("skipped_nonfinite", 0)
+        self.learning_rate = max(self.learning_rate, step.get("learning_rate") or 0.0)
+        if step.get("loss") is not None:
+            self.losses.append(step["loss"])
+            self.weights.append(max(1, step.get("num_trained_tokens", 1)))
+        if step.get("grad_norm") is not None:
+            self.grad_norms.append(step["grad_norm"])
+
+    def row(self, num_rows: int) -> dict[str, Any]:
+        """`train/...`: token-weighted mean loss, first and last step's loss, largest gradient norm and learning rate."""
+        row: dict[str, Any] = {
+            "train/num_rows": num_rows,
+            "train/num_steps": self.num_steps,
+            "train/num_tokens": self.num_tokens,
+            "train/num_trained_tokens": self.num_trained_tokens,
+            "train/learning_rate": self.learning_rate,
+            "train/skipped_nonfinite": self.skipped_nonfinite,
+        }
+        if self.losses:
+            row["train/loss"] = sum(x * w for x, w in zip(self.losses, self.weights, strict=True)) / sum(self.weights)
+            row["train/loss_first"], row["train/loss_last"] = self.losses[0], self.losses[-1]
+        if self.grad_norms:
+            row["train/grad_norm"] = max(self.grad_norms)
+        return row
