@@ -1,0 +1,161 @@
+"""The loop's trainer over torch: `Learner` on the same core as `IterativeSFTTrainer`.
+
+Guarantee: a step after `save` and `load_state` is, byte for byte, the step that would have followed without them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from iterative_sft_cli.errors import ConfigError
+from iterative_sft_cli.train import torch_optim, torch_ranks, torch_state
+from iterative_sft_cli.train.torch_core import TrainCore
+from iterative_sft_cli.train.torch_rows import row_cost
+from iterative_sft_cli.train.torch_settings import Schedule, settings_from_section
+from iterative_sft_cli.types import TrainRow, derive_seed
+
+STATE = "state"
+
+
+def share(rows: Sequence[TrainRow], rank: int, size: int, is_encoder_decoder: bool) -> list[TrainRow]:
+    """This rank's part of a step's rows: each row on one rank, like token counts on all."""
+    if size == 1:
+        return list(rows)
+    costs = [row_cost(row, is_encoder_decoder) for row in rows]
+    filled = [0] * size
+    mine: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: (-costs[index], index)):
+        slot = filled.index(min(filled))
+        filled[slot] += costs[index]
+        if slot == rank:
+            mine.append(index)
+    return [rows[index] for index in sorted(mine)]
+
+
+def _check_parallel(parallel: Any) -> None:
+    kind = parallel if isinstance(parallel, str) else getattr(parallel, "type", "auto")
+    if kind not in ("auto", "ddp"):
+        raise ConfigError(f"{kind} is not supported yet", where="train.parallel", expected="auto or ddp")
+    options = getattr(parallel, "options", None)
+    if options:
+        raise ConfigError(f"{kind} takes no options, got {', '.join(options)}", where="train.parallel.options")
+
+
+class TorchLearner:
+    """The weights of a `LoadedModel` being trained. All ranks call every method with the same arguments."""
+
+    def __init__(self, section: Any, *, loaded: Any, config: Any = None) -> None:
+        self.loaded = loaded
+        self.section = section
+        _check_parallel(getattr(section, "parallel", None))
+        self.core = TrainCore(
+            loaded.model,
+            settings_from_section(section),
+            compute_dtype=loaded.compute_dtype,
+            device=torch.device(loaded.device),
+        )
+        device = torch.device(loaded.device)
+        wanted = bool(getattr(config, "deterministic", False))
+        self.deterministic = device.type == "cpu" or (wanted and torch.are_deterministic_algorithms_enabled())
+        self._schedule = Schedule(self.core.settings, 1)
+        self._seed = 0
+        self.heartbeat: Callable[[int], None] = lambda _tokens: None
+        self._away: tempfile.TemporaryDirectory[str] | None = None
+
+    def load_weights(self, folder: Path | None) -> None:
+        """Take the weights in `folder`, or the base model's when None; the optimizer is made fresh."""
+        from iterative_sft_cli import model
+
+        if folder is None:
+            model.reset_to_base(self.loaded)
+        else:
+            model.load_weights_into(self.loaded, folder)
+        self.core.weights.reread()
+        self.core.weights.drop_copies()
+        self.core.fresh_optimizer()
+
+    def load_state(self, folder: Path) -> None:
+        """Take masters and optimizer from `folder/state`, exactly as they were saved."""
+        torch_state.load_state(self.core, folder / STATE)
+
+    def begin(self, settings: Any, num_steps: int, *, seed: int, keep_optimizer: bool) -> None:
+        """Start a pass of `num_steps` steps with the `train` section of this round."""
+        self.section = settings
+        self.core.configure(settings_from_section(settings))
+        if not keep_optimizer:
+            self.core.fresh_optimizer()
+        self.core.weights.cast(frozen=True)
+        self._schedule = Schedule(self.core.settings, max(1, num_steps))
+        self._seed = seed
+
+    def step(self, rows: Sequence[TrainRow], step_index: int, micro_batch_tokens: int | None) -> dict[str, Any]:
+        """One optimizer step over `rows` (0-based `step_index` in the pass)."""
+        self.core.heartbeat = self.heartbeat
+        mine = share(rows, torch_ranks.rank(), torch_ranks.size(), self.core.is_encoder_decoder)
+        result = self.core.step(
+            mine,
+            learning_rate=self._schedule(step_index),
+            seed=derive_seed(self._seed, "step", step_index),
+            micro_batch_tokens=micro_batch_tokens,
+        )
+        return result.to_dict()
+
+    def save(self, folder: Path, *, state: bool) -> None:
+        """Write a Hugging Face folder (or an adapter) and, with `state`, `folder/state`; rank 0 writes."""
+        from iterative_sft_cli import model
+
+        if torch_ranks.rank() != 0:
+            return
+        model.save_pretrained(self.loaded, folder)
+        if state:
+            (folder / STATE).mkdir()
+            torch_state.save_state(self.core, folder / STATE, {})
+
+    def offload(self) -> None:
+        """Free the compute copies, and move the optimizer's state to where `train.offload` says."""
+        self.core.weights.drop_copies()
+        mode = getattr(self.section, "offload", "auto") or "auto"
+        on_host = self.core.device.type == "cpu"
+        if mode == "none" or (mode in ("auto", "host") and on_host) or self._away is not None:
+            return
+        optimizer, weights = self.core.optimizer, self.core.weights
+        assert optimizer is not None
+        tensors, _ = torch_optim.state_tensors(optimizer, weights.names, weights.masters)
+        if mode == "disk":
+            self._away = tempfile.TemporaryDirectory(prefix="isft-optimizer-")
+            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, Path(self._away.name) / "o.safetensors")
+            for master in weights.masters:
+                for key, value in list(optimizer.state.get(master, {}).items()):
+                    if isinstance(value, torch.Tensor):
+                        del optimizer.state[master][key]
+        else:
+            self._move("cpu")
+        if self.core.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Undo `offload`."""
+        if self._away is not None:
+            optimizer, weights = self.core.optimizer, self.core.weights
+            assert optimizer is not None
+            tensors = load_file(Path(self._away.name) / "o.safetensors")
+            _, scalars = torch_optim.state_tensors(optimizer, weights.names, weights.masters)
+            torch_optim.load_state_tensors(optimizer, weights.names, weights.masters, tensors, scalars)
+            self._away.cleanup()
+            self._away = None
+        elif self.core.device.type != "cpu":
+            self._move(self.core.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        optimizer = self.core.optimizer
+        assert optimizer is not None
+        for values in optimizer.state.values():
+            for key, value in values.items():
+                if isinstance(value, torch.Tensor) and not (key == "step" and value.dim() == 0):
+                    values[key] = value.to(device)

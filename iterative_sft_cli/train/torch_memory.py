@@ -1,0 +1,45 @@
+"""How many tokens one forward and backward pass may hold.
+
+Guarantee: a pure function of the model's shape and the machine's total memory, so a resumed run splits its steps alike.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+
+_SHARE = 0.25
+_MAX_CPU = 4096
+_MAX_GPU = 65536
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes the device has, used or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        psutil: Any = importlib.import_module("psutil")
+        return int(psutil.virtual_memory().total)
+
+
+def bytes_per_token(config: Any, checkpointing: bool) -> int:
+    """Activation bytes a token costs, generously: hidden states, the feed-forward block, and logits in two dtypes."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "d_model", 0) or 1024)
+    layers = int(getattr(text, "num_hidden_layers", 0) or getattr(text, "num_layers", 0) or 24)
+    inner = int(getattr(text, "intermediate_size", 0) or getattr(text, "d_ff", 0) or 4 * hidden)
+    vocabulary = int(getattr(text, "vocab_size", 50000))
+    a_layer = 4 * (16 * hidden + 5 * inner)
+    kept = layers * 4 * hidden + a_layer if checkpointing else layers * a_layer
+    return kept + 6 * vocabulary
+
+
+def micro_batch_tokens(config: Any, device: torch.device, checkpointing: bool) -> int:
+    """The budget that `micro_batch_tokens: auto` means."""
+    room = int(total_memory(device) * _SHARE) // bytes_per_token(config, checkpointing)
+    return max(64, min(room, _MAX_CPU if device.type == "cpu" else _MAX_GPU))
