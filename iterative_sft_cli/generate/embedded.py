@@ -1,0 +1,218 @@
+"""The engine in this process: any causal or encoder-decoder model of transformers, on CPU or GPU, sharing the trainer's weights.
+
+Guarantee: the same plan gives the same bytes; what is sampled is the model's exact distribution under the decoding; a model
+that the fast path does not reproduce to rounding is decoded by transformers' own `generate` instead, and says so once.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.generate.base import EngineOutOfMemory
+from iterative_sft_cli.generate.embedded_fallback import generate_with_model
+from iterative_sft_cli.generate.embedded_module import ATTENTION, Decoder, ModuleDecoder
+from iterative_sft_cli.generate.embedded_plan import make_plan
+from iterative_sft_cli.generate.embedded_probe import decoder_error
+from iterative_sft_cli.generate.embedded_shard import Shard
+from iterative_sft_cli.generate.embedded_weights import Replica, can_merge
+from iterative_sft_cli.types import Completion, Decoding, Request
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Mean absolute difference in log-probability (nats) that rounding may explain; half-precision types get 0.1."""
+
+
+class EmbeddedEngine:
+    """`Engine` over the live model of a `LoadedModel`; see `generate/base.py` for the contract.
+
+    `heartbeat` is called after every step with the number of tokens it made.
+    """
+
+    def __init__(self, loaded: Any, *, encoder: Any, memory_gb: float | str = "auto") -> None:
+        self.loaded = loaded
+        self.encoder = encoder
+        self.memory_gb = memory_gb
+        self.heartbeat: Callable[[int], None] = _no_heartbeat
+        self.deterministic = not str(loaded.device).startswith("cuda")
+        self._replica: Replica | None = None
+        self._model: Any = None
+        self._decoder: Decoder | None = None
+        self._threads = torch.get_num_threads()
+
+    def begin(self, weights: Path | None) -> None:
+        """Serve the trainer's weights as they are now (None), or those of a Hugging Face or adapter folder."""
+        if weights is None:
+            live = self.loaded.model
+            if self._replica is None or not self._replica.is_of(live):
+                self._replica = None
+                self._replica = Replica(live, self._compute_dtype(), merge=can_merge(live))
+            else:
+                self._replica.refresh()
+            self._model = self._replica.model
+        else:
+            self._model = self._load(weights)
+        self._decoder = self._make_decoder()
+
+    def end(self) -> None:
+        """Free the cache and weights that were loaded from a folder; the replica's storage stays for the next phase."""
+        if self._decoder is not None:
+            self._decoder.reset()
+        self._decoder = None
+        self._model = None
+        if str(self.loaded.device).startswith("cuda"):
+            self._replica = None
+            torch.cuda.empty_cache()
+
+    def plan(self, requests: Sequence[Request], decoding: Decoding) -> dict[str, Any]:
+        """The batch shape of a shard; see `embedded_plan.make_plan`."""
+        return make_plan(
+            requests,
+            decoding,
+            memory_gb=self.memory_gb,
+            bytes_per_position=_bytes_per_position(self.loaded.model.config, self._compute_dtype()),
+            context_length=self.loaded.context_length,
+            device=str(self.loaded.device),
+            threads=self._threads,
+        )
+
+    def generate(self, requests: Sequence[Request], decoding: Decoding, plan: dict[str, Any]) -> Iterator[Completion]:
+        """Yield the completions of `requests`. Raises EngineOutOfMemory; DataError for a prompt without tokens."""
+        if self._model is None:
+            raise RuntimeError("generate() needs begin() first")
+        for request in requests:
+            if not request.prompt_ids:
+                raise DataError(
+                    f"prompt {request.prompt_id!r} has no tokens",
+                    where="prompts",
+                    expected="at least one token",
+                    hint="give it some text, or a system prompt or template",
+                )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(int(plan.get("threads", threads)))
+        try:
+            yield from self._run(requests, decoding, plan)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise EngineOutOfMemory(str(error)) from error
+        except RuntimeError as error:
+            if "not enough memory" in str(error) or "can't allocate memory" in str(error):
+                raise EngineOutOfMemory(str(error)) from error
+            raise
+        finally:
+            torch.set_num_threads(threads)
+
+    def _run(self, requests: Sequence[Request], decoding: Decoding, plan: dict[str, Any]) -> Iterator[Completion]:
+        if self._decoder is None:
+            yield from generate_with_model(
+                self._model,
+                requests,
+                decoding,
+                plan,
+                context_length=self.loaded.context_length,
+                pad_token_id=self.encoder.pad_token_id,
+                decode_text=self.encoder.decode,
+                heartbeat=self.heartbeat,
+            )
+            return
+        shard = Shard(
+            self._decoder,
+            decoding,
+            plan,
+            context_length=self.loaded.context_length,
+            decode_text=self.encoder.decode,
+            heartbeat=self.heartbeat,
+        )
+        yield from shard.run(requests)
+
+    def _compute_dtype(self) -> torch.dtype:
+        dtype = self.loaded.compute_dtype
+        return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."))
+
+    def _load(self, folder: Path) -> Any:
+        """The model in `folder`, or the live base model with the adapter in `folder`, ready to generate."""
+        if (folder / "adapter_config.json").exists():
+            from peft import set_peft_model_state_dict
+            from safetensors.torch import load_file
+
+            twin = copy.deepcopy(self.loaded.model)
+            set_peft_model_state_dict(twin, load_file(str(folder / "adapter_model.safetensors")))
+            return Replica(twin, self._compute_dtype(), merge=can_merge(twin)).model
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        kind = AutoModelForSeq2SeqLM if self.loaded.is_encoder_decoder else AutoModelForCausalLM
+        try:
+            model = kind.from_pretrained(str(folder), dtype=self._compute_dtype(), local_files_only=True)
+        except OSError as error:
+            raise DataError(f"no model could be loaded from {folder}: {error}", where="generate.from") from error
+        return model.to(self.loaded.device).eval()
+
+    def _make_decoder(self) -> Decoder | None:
+        """The fastest decoder that reproduces the model, None for `generate`."""
+        model = self._model
+        why = _unsupported(model)
+        if why is None:
+            attention = model.config._attn_implementation
+            vocab = int(model.get_input_embeddings().weight.shape[0])
+            try:
+                fast = _with_attention(model, ATTENTION)
+                decoder = ModuleDecoder(fast, self.encoder.pad_token_id)
+                error = decoder_error(_with_attention(model, attention), decoder, vocab)
+                if error <= TOLERANCE.get(self._compute_dtype(), 0.1):
+                    return decoder
+                why = f"its logits differ by {error:.3g} nats"
+            except (
+                RuntimeError,
+                TypeError,
+                ValueError,
+                AttributeError,
+                NotImplementedError,
+                IndexError,
+                KeyError,
+            ) as problem:
+                why = f"{type(problem).__name__}: {problem}"
+        log.warning("%s generates through transformers' generate: %s", type(model).__name__, why)
+        return None
+
+
+def _no_heartbeat(num_tokens: int) -> None:
+    """Until the loop sets its own."""
+
+
+def _with_attention(model: Any, name: str) -> Any:
+    """A view of `model` (same parameters and buffers) whose attention is `name`."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, memo)
+    twin.set_attn_implementation(name)
+    return twin
+
+
+def _unsupported(model: Any) -> str | None:
+    """Why the model cannot use the slot cache, None when it may."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    layers = DynamicCache(config=config).layers
+    if any(type(layer) is not DynamicLayer for layer in layers):
+        return "its layers do not all keep a full key-value cache"
+    return None
+
+
+def _bytes_per_position(config: Any, dtype: torch.dtype) -> int:
+    """Bytes that one token of one row takes in the cache of a plain transformer (an upper bound for others)."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 1) or 1
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(2 * text.num_hidden_layers * kv_heads * width * dtype.itemsize)

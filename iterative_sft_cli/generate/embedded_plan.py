@@ -1,0 +1,67 @@
+"""The batch shape of a shard on this machine: how many rows, how much cache, how many tokens a prefill.
+
+Guarantee: a pure function of config, model, requests and the machine's total memory, never of what is free.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from iterative_sft_cli.types import Decoding, Request
+
+MAX_ROWS_CPU = 128
+MAX_ROWS_CUDA = 512
+PREFILL_TOKENS_CPU = 512
+PREFILL_TOKENS_CUDA = 8192
+CACHE_SHARE = 0.25
+"""Share of the total memory that the cache may take when `generate.memory_gb` is auto."""
+
+
+def total_memory(device: str) -> int:
+    """Bytes of memory of the machine, or of the GPU; a container's limit where it is lower."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        total = 8 << 30
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(name, encoding="ascii") as stream:
+                total = min(total, int(stream.read()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
+def make_plan(
+    requests: Sequence[Request],
+    decoding: Decoding,
+    *,
+    memory_gb: float | str,
+    bytes_per_position: int,
+    context_length: int,
+    device: str,
+    threads: int,
+) -> dict[str, Any]:
+    """See the module's docstring. `bytes_per_position` is what one token of one row takes in the cache."""
+    memory = total_memory(device) * CACHE_SHARE if memory_gb == "auto" else float(memory_gb) * 2**30
+    positions = max(int(memory // max(bytes_per_position, 1)), 1)
+    cuda = device.startswith("cuda")
+    num_samples = sum(len(request.seeds) for request in requests)
+    rows = max(1, min(MAX_ROWS_CUDA if cuda else MAX_ROWS_CPU, num_samples))
+    longest = min(max((len(r.prompt_ids) for r in requests), default=1) + decoding.max_new_tokens, context_length)
+    # rows are admitted by what they hold, so twice as many as would fit at full length may start
+    rows = max(1, min(rows, 2 * positions // max(longest, 1)))
+    return {
+        "max_rows": rows,
+        "cache_tokens_per_row": max(positions // rows, longest if rows == 1 else 1),
+        "prefill_tokens": PREFILL_TOKENS_CUDA if cuda else PREFILL_TOKENS_CPU,
+        "admit_rows": max(1, rows // 8),
+        "order": "longest_prompt_first",
+        "threads": threads,
+    }

@@ -1,0 +1,217 @@
+"""One shard's decoding: rows are admitted, stepped, finished and compacted by a schedule that only the plan decides.
+
+Guarantee: every (prompt, sample) of the requests is yielded exactly once; which rows share a step is a function of the
+plan, the requests and the tokens drawn, never of time or free memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from iterative_sft_cli.generate.embedded_module import Decoder
+from iterative_sft_cli.generate.embedded_sampling import Sampler
+from iterative_sft_cli.generate.stops import StopWatch
+from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Completion, Decoding, Request
+
+HEAD_ROWS = 64
+"""Logits are made and sampled for so many rows at a time, so that they stay in the processor's cache."""
+
+SLACK = 64
+"""Positions that every row must be able to grow by when another one is admitted, so that it is not sent back at once."""
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One sample being generated."""
+
+    request: Request
+    sample_index: int
+    seed: int
+    limit: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    watch: StopWatch | None = None
+
+    def completion(self, reason: str, keep_logprobs: bool) -> Completion:
+        """The finished record."""
+        return Completion(
+            prompt_id=self.request.prompt_id,
+            sample_index=self.sample_index,
+            token_ids=tuple(self.ids),
+            finish_reason=reason,
+            logprob=sum(self.logprobs),
+            token_logprobs=tuple(self.logprobs) if keep_logprobs else None,
+        )
+
+
+def schedule(requests: Sequence[Request], max_rows: int) -> list[tuple[Request, list[int]]]:
+    """The admission order: longest prompts first (memory is asked for early, prompts of like length share a prefill), each
+    with positions into its samples, split where one prompt has more samples than there are rows."""
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
+    pieces: list[tuple[Request, list[int]]] = []
+    for i in order:
+        wanted = range(len(requests[i].sample_indices))
+        pieces.extend((requests[i], list(wanted[at : at + max_rows])) for at in range(0, len(wanted), max_rows))
+    return pieces
+
+
+class Shard:
+    """Runs one shard over a decoder. `budget` is how many cache positions (rows x longest row) may be held."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        decoding: Decoding,
+        plan: dict[str, Any],
+        *,
+        context_length: int,
+        decode_text: Callable[[Sequence[int]], str],
+        heartbeat: Callable[[int], None] | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.decoding = decoding
+        self.max_rows = int(plan["max_rows"])
+        self.budget = self.max_rows * int(plan["cache_tokens_per_row"])
+        self.prefill_tokens = int(plan["prefill_tokens"])
+        self.admit_rows = int(plan["admit_rows"])
+        self.context_length = context_length
+        self.sampler = Sampler(decoding)
+        self.eos = frozenset(decoding.eos_token_ids)
+        self.decode_text = decode_text
+        self.heartbeat = heartbeat
+        self.rows: list[Row] = []
+        self.preempted: list[Row] = []
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Yield completions as they finish."""
+        waiting: list[tuple[Request, list[int]]] = []
+        for request, samples in schedule(requests, self.max_rows):
+            if len(request.prompt_ids) >= self.context_length or self.decoding.max_new_tokens < 1:
+                reason = PROMPT_TOO_LONG if len(request.prompt_ids) >= self.context_length else LENGTH
+                for k in samples:
+                    yield Completion(request.prompt_id, request.sample_indices[k], (), reason, logprob=0.0)
+            else:
+                waiting.append((request, samples))
+        waiting.reverse()
+        try:
+            while waiting or self.rows or self.preempted:
+                if self.preempted or waiting:
+                    yield from self._admit(waiting)
+                if self.rows:
+                    yield from self._step()
+        finally:
+            self.decoder.reset()
+            self.rows = []
+
+    def _longest(self) -> int:
+        return max((len(row.request.prompt_ids) + len(row.ids) for row in self.rows), default=0)
+
+    def _admit(self, waiting: list[tuple[Request, list[int]]]) -> Iterator[Completion]:
+        """Prefill what fits, once enough rows are free."""
+        free = self.max_rows - len(self.rows)
+        if self.rows and free < min(self.admit_rows, self.max_rows):
+            return
+        batch: list[tuple[list[int], list[Row]]] = []
+        tokens, num_new, longest = 0, 0, self._longest()
+        while self.preempted or waiting:
+            if self.preempted:
+                row = self.preempted[-1]
+                prompt, num = [*row.request.prompt_ids, *row.ids[:-1]], 1
+            else:
+                request, samples = waiting[-1]
+                prompt, num = list(request.prompt_ids), len(samples)
+            widest = max(longest, len(prompt) + 1)
+            total = len(self.rows) + num_new + num
+            if total > self.max_rows or (batch and tokens + len(prompt) > self.prefill_tokens):
+                break
+            if total * (widest + SLACK) > self.budget and (self.rows or batch):
+                break
+            if self.preempted:
+                batch.append((prompt, [self.preempted.pop()]))
+            else:
+                waiting.pop()
+                batch.append((prompt, [self._row(request, k) for k in samples]))
+            tokens, num_new, longest = tokens + len(prompt), num_new + num, widest
+        if not batch:
+            return
+        state, features = self.decoder.prefill([prompt for prompt, _ in batch])
+        prompt_of_row = [i for i, (_, rows) in enumerate(batch) for _ in rows]
+        new = [row for _, rows in batch for row in rows]
+        self.decoder.admit(state, prompt_of_row)
+        del state
+        start = len(self.rows)
+        self.rows.extend(new)
+        fresh = [i for i, row in enumerate(new) if not row.ids]
+        self._draw([start + i for i in fresh], features, [prompt_of_row[i] for i in fresh])
+        yield from self._retire([start + i for i in fresh])
+
+    def _row(self, request: Request, k: int) -> Row:
+        limit = min(self.decoding.max_new_tokens, self.context_length - len(request.prompt_ids))
+        watch = StopWatch(self.decoding.stop, self.decode_text) if self.decoding.stop else None
+        return Row(request, request.sample_indices[k], request.seeds[k], limit, watch=watch)
+
+    def _step(self) -> Iterator[Completion]:
+        """One token for every row."""
+        self._make_room()
+        features = self.decoder.decode([row.ids[-1] for row in self.rows])
+        everyone = list(range(len(self.rows)))
+        self._draw(everyone, features, everyone)
+        if self.heartbeat is not None:
+            self.heartbeat(len(everyone))
+        yield from self._retire(everyone)
+
+    def _make_room(self) -> None:
+        """Send the youngest rows back to the queue while the next step would not fit the budget."""
+        keep = len(self.rows)
+        while keep > 1 and keep * (self._longest() + 1) > self.budget:
+            youngest = min(range(keep), key=lambda i: (len(self.rows[i].ids), -i))
+            self.preempted.append(self.rows[youngest])
+            keep -= 1
+            if youngest != keep:
+                self.rows[youngest] = self.rows[keep]
+                self.decoder.compact([youngest], [keep], keep)
+            else:
+                self.decoder.compact([], [], keep)
+            del self.rows[keep:]
+
+    @torch.inference_mode()
+    def _draw(self, rows: Sequence[int], features: torch.Tensor, feature_of_row: Sequence[int]) -> None:
+        """Sample the next token of the given rows."""
+        for at in range(0, len(rows), HEAD_ROWS):
+            part = rows[at : at + HEAD_ROWS]
+            pick = feature_of_row[at : at + HEAD_ROWS]
+            logits = self.decoder.logits(features[torch.tensor(pick, device=features.device)])
+            states = [self.rows[i] for i in part]
+            history = [[*r.request.prompt_ids, *r.ids] for r in states] if self.sampler.needs_history else None
+            drawn = self.sampler.draw(logits, [r.seed for r in states], [len(r.ids) for r in states], history)
+            for row, token, logprob in zip(states, drawn.tokens, drawn.logprobs, strict=True):
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+
+    def _retire(self, rows: Sequence[int]) -> Iterator[Completion]:
+        """Take out the rows among `rows` that are finished; the last rows move into their places."""
+        done: dict[int, str] = {}
+        for i in rows:
+            row = self.rows[i]
+            if row.ids[-1] in self.eos:
+                done[i] = EOS
+            elif row.watch is not None and row.watch.feed(row.ids):
+                done[i] = STOP
+            elif len(row.ids) >= row.limit:
+                done[i] = LENGTH
+        if not done:
+            return
+        finished = [(self.rows[i], reason) for i, reason in done.items()]
+        num_rows = len(self.rows) - len(done)
+        targets = [i for i in done if i < num_rows]
+        sources = [i for i in range(num_rows, len(self.rows)) if i not in done]
+        for to, of in zip(targets, sources, strict=True):
+            self.rows[to] = self.rows[of]
+        del self.rows[num_rows:]
+        self.decoder.compact(targets, sources, num_rows)
+        for row, reason in finished:
+            yield row.completion(reason, self.decoding.keep_logprobs)
