@@ -1,0 +1,118 @@
+"""Checkpoints: a folder that is complete, verified and durable from the instant its name appears.
+
+Three manifests vouch for a folder: `MANIFEST.json` for the model and `state.json` (and the length of the logs at that
+moment), `state/MANIFEST.json` for optimizer and masters, `run/MANIFEST.json` for copies of the run's small files, from
+which recovery mends them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.rundir.fs import FileSystem, read_bytes
+from iterative_sft_cli.rundir.integrity import Damage, Stamp, check_files, parse_document, read_document, stamp_bytes
+from iterative_sft_cli.rundir.layout import FORMAT, MANIFEST, RUN_FOLDER, STATE, STATE_FOLDER
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One checkpoint: `state` is what the loop handed in; `has_state` says whether `path/state` is there to go on from."""
+
+    key: str
+    path: Path
+    state: dict[str, Any]
+    has_state: bool
+    verified: bool
+    manifest: dict[str, Any] = field(repr=False)
+
+    def log_stamp(self, name: str) -> Stamp:
+        """Length and checksum of "ledger" or "stats" when this was committed."""
+        return Stamp.from_json(self.manifest[name])
+
+    @property
+    def size(self) -> int:
+        """Bytes of the model's files."""
+        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+
+
+def load_checkpoint(path: Path, *, verify: bool, with_state: bool) -> Checkpoint:
+    """Read a checkpoint folder; with `verify` every byte of the model is hashed, `with_state` those of `state/` too.
+
+    Raises Damage when anything differs from what was committed. A `state/` that is absent is no damage: `has_state` is False.
+    """
+    manifest = read_document(path / MANIFEST)
+    if manifest.get("key") != path.name:
+        raise Damage(path / MANIFEST, f"the manifest of checkpoint {manifest.get('key')}")
+    if manifest.get("format") != FORMAT:
+        raise Damage(path / MANIFEST, f"of format {manifest.get('format')}, expected {FORMAT}")
+    files = manifest["files"]
+    if verify:
+        check_files(path, files)
+    raw = read_bytes(path / STATE)
+    if raw is None or stamp_bytes(raw).to_json() != files.get(STATE):
+        raise Damage(path / STATE, "not as it was written")
+    bound = manifest.get("state")
+    has_state = bound is not None and (path / STATE_FOLDER).is_dir()
+    if has_state and with_state:
+        check_group(path / STATE_FOLDER, path.name, bound)
+    return Checkpoint(path.name, path, json.loads(raw), has_state, verify, manifest)
+
+
+def check_group(folder: Path, key: str, bound: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Verify a subfolder by its own manifest, which must be the one `bound` names; returns its list of files. Raises Damage."""
+    path = folder / MANIFEST
+    raw = read_bytes(path)
+    if bound is not None and (raw is None or stamp_bytes(raw).to_json() != dict(bound)):
+        raise Damage(path, "not the manifest that the checkpoint was committed with")
+    manifest = parse_document(raw, path)
+    if manifest.get("key") != key:
+        raise Damage(path, f"the manifest of checkpoint {manifest.get('key')}")
+    check_files(folder, manifest["files"])
+    return dict(manifest["files"])
+
+
+def read_copy(checkpoint: Path, name: str) -> bytes | None:
+    """The verified copy of the run's small file `name` in a checkpoint; None when there is none or it is damaged."""
+    try:
+        files = read_document(checkpoint / RUN_FOLDER / MANIFEST)
+        data = read_bytes(checkpoint / RUN_FOLDER / name)
+    except Damage:
+        return None
+    listed = files["files"].get(name)
+    return data if data is not None and listed == stamp_bytes(data).to_json() else None
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """Every file under `folder`, sorted. Raises DataError for a link or anything else that is neither file nor folder."""
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        mode = os.lstat(path).st_mode
+        if stat.S_ISDIR(mode):
+            yield from walk_files(path)
+        elif stat.S_ISREG(mode):
+            yield path
+        else:
+            raise DataError("a checkpoint holds plain files and folders only", where=str(path))
+
+
+def walk_folders(folder: Path) -> Iterator[Path]:
+    """`folder` and every folder under it, the deepest first."""
+    for name in sorted(os.listdir(folder)):
+        if stat.S_ISDIR(os.lstat(folder / name).st_mode):
+            yield from walk_folders(folder / name)
+    yield folder
+
+
+def same_mode(fs: FileSystem, files: list[Path], model: Path) -> None:
+    """Give `files` the permission bits that the umask gave `model` (safetensors makes its files 0600 whatever the umask)."""
+    wanted = stat.S_IMODE(model.stat().st_mode)
+    for path in files:
+        if stat.S_IMODE(path.stat().st_mode) != wanted:
+            fs.chmod(path, wanted)

@@ -1,0 +1,268 @@
+"""Committing checkpoints: the rename is the instant at which work becomes history; pruning comes after it.
+
+Order: temporary sibling, files, their sync, manifests, sync of the folders, rename, sync of the parent, acknowledgement,
+retention. A crash anywhere leaves the old history or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.rundir import layout
+from iterative_sft_cli.rundir.checkpoint import Checkpoint, load_checkpoint, same_mode, walk_files, walk_folders
+from iterative_sft_cli.rundir.fs import TEMP_PREFIX, FileSystem, foreign_error, read_bytes
+from iterative_sft_cli.rundir.integrity import Damage, Stamp, render_document, stamp_bytes, stamp_files
+from iterative_sft_cli.rundir.layout import CHECKPOINTS, MANIFEST, RUN_FOLDER, STATE, STATE_FOLDER, parse_key
+from iterative_sft_cli.rundir.ledger import AppendLog
+from iterative_sft_cli.rundir.quarantine import Quarantine
+from iterative_sft_cli.rundir.retention import Policy, kept_keys, stateless_keys
+from iterative_sft_cli.rundir.seal import all_shards
+
+COPIED = (layout.MARKER, *layout.RECORDS)
+"""The small files every checkpoint carries a copy of, beside the logs and the list of shards."""
+
+
+class PendingCommit:
+    """A commit that is under way; `result` waits for it and raises what went wrong in it."""
+
+    def __init__(self, work: Callable[[], None], *, background: bool) -> None:
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if background:
+            self._thread = threading.Thread(target=self._run, args=(work,), name="isft-commit")
+            self._thread.start()
+        else:
+            work()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` returns (or raises) at once."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def result(self) -> None:
+        """Return when the checkpoint is committed. Raises StorageError or whatever else stopped it."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+class Checkpoints:
+    """The checkpoints of a run, for its one writer."""
+
+    def __init__(
+        self,
+        run: Path,
+        fs: FileSystem,
+        quarantine: Quarantine,
+        ledger: AppendLog,
+        stats: AppendLog,
+        newest: Checkpoint | None,
+    ) -> None:
+        self._run = run
+        self._folder = run / CHECKPOINTS
+        self._fs = fs
+        self._quarantine = quarantine
+        self._logs = {"ledger": ledger, "stats": stats}
+        self._newest = newest
+        self._policy = Policy()
+        self._needs_state = True
+        self._pending: PendingCommit | None = None
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint, verified when the run was opened or written since; None before the first."""
+        self.wait()
+        return self._newest
+
+    def keys(self) -> list[str]:
+        """The keys on the disk, oldest first."""
+        self.wait()
+        return layout.checkpoint_keys(self._run)
+
+    def verified(self, key: str) -> Checkpoint | None:
+        """Checkpoint `key` with every byte of its model hashed; None when it is not there, or was damaged and has been moved to quarantine."""
+        self.wait()
+        parse_key(key)
+        if self._newest is not None and key == self._newest.key:
+            return self._newest
+        path = self._folder / key
+        if not path.is_dir():
+            return None
+        try:
+            return load_checkpoint(path, verify=True, with_state=False)
+        except Damage as damage:
+            self._quarantine.move(path, f"{damage.path.relative_to(path)}: {damage.problem}")
+            return None
+
+    def retain(self, keep: int, best: str | None = None, needs_state: bool = True) -> None:
+        """Set what stays after each later commit: `keep` whole rounds, and `best`. Without `needs_state` a whole round's `state/` is not kept at
+        all. Raises ValueError for a `keep` under 1."""
+        self._policy = Policy(keep, best)
+        self._needs_state = needs_state
+
+    def drop_partial(self, round_index: int) -> None:
+        """Remove the saves inside a round that is committed (a commit of the whole round does it by itself)."""
+        self.wait()
+        for key in layout.checkpoint_keys(self._run):
+            number, step = parse_key(key)
+            if number == round_index and step != layout.WHOLE_ROUND and key != (self._newest and self._newest.key):
+                self._drop(self._folder / key, key)
+
+    def commit(self, key: str, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
+        """Make `key` the newest checkpoint: `write(folder)` fills an empty folder. On return it survives a power cut.
+
+        Raises StorageError when the disk refuses, DataError when `key` is not newer than the newest.
+        """
+        self._start(key, write, state, background=False)
+
+    def commit_async(self, key: str, write: Callable[[Path], None], state: Mapping[str, Any]) -> PendingCommit:
+        """Like `commit`, but return once `write` has: hashing, syncing and the rename go on in a thread.
+
+        The next seal, commit, look at the checkpoints or outcome waits for it, so that nothing is ever built on a
+        checkpoint that is not yet there. Logs may be appended to in the meantime.
+        """
+        return self._start(key, write, state, background=True)
+
+    def wait(self) -> None:
+        """Return when no commit is under way. Raises what went wrong in it, once."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _start(
+        self, key: str, write: Callable[[Path], None], state: Mapping[str, Any], *, background: bool
+    ) -> PendingCommit:
+        self.wait()
+        if self._newest is not None and parse_key(key) <= parse_key(self._newest.key):
+            raise DataError(
+                f"checkpoint {key} is not newer than {self._newest.key}",
+                where=str(self._folder),
+                expected="a later key",
+            )
+        final = self._folder / key
+        if final.exists():
+            # recovery passed it over; what is to take its place must not be mixed with it
+            self._quarantine.move(final, "replaced: it could not be resumed from")
+        temp = self._folder / (TEMP_PREFIX + key)
+        if temp.exists():
+            self._fs.remove(temp)
+        self._fs.mkdir(temp)
+        try:
+            write(temp)
+            if not self._needs_state and not layout.is_partial(key) and (temp / STATE_FOLDER).exists():
+                self._fs.remove(temp / STATE_FOLDER)
+            text = json.dumps(state, indent=1, sort_keys=True, allow_nan=False) + "\n"
+            self._fs.create(temp / STATE, text.encode("ascii"), sync=None)
+            stamps = {name: log.stamp() for name, log in self._logs.items()}
+            self._copy_records(temp / RUN_FOLDER, stamps)
+        except Exception as error:
+            self._fs.discard(temp)
+            needed = self._newest.size if self._newest else None
+            storage = foreign_error(error, temp, needed)
+            if storage is not None:
+                raise storage from error
+            raise
+        pending = PendingCommit(lambda: self._finish(key, temp, final, stamps), background=background)
+        self._pending = pending if background else None
+        return pending
+
+    def _copy_records(self, folder: Path, stamps: Mapping[str, Stamp]) -> None:
+        self._fs.mkdir(folder)
+        for name in COPIED:
+            data = read_bytes(self._run / name)
+            if data is not None:
+                self._fs.create(folder / name, data, sync=None)
+        for name, log in self._logs.items():
+            data = (read_bytes(log.path) or b"")[: stamps[name].size]
+            self._fs.create(folder / log.path.name, data, sync=None)
+        listed = json.dumps(all_shards(self._run), indent=0) + "\n"
+        self._fs.create(folder / layout.SHARDS, listed.encode("ascii"), sync=None)
+
+    def _finish(self, key: str, temp: Path, final: Path, stamps: Mapping[str, Stamp]) -> None:
+        try:
+            manifest = self._seal_folder(key, temp, stamps)
+        except BaseException:
+            self._fs.discard(temp)
+            raise
+        self._fs.rename(temp, final)
+        self._fs.sync_dir(self._folder, "checkpoint.parent")
+        self._fs.acknowledge(final, f"checkpoint {key}")
+        state = json.loads(read_bytes(final / STATE) or b"{}")
+        self._newest = Checkpoint(key, final, state, manifest["state"] is not None, True, manifest)
+        self.prune()
+
+    def _seal_folder(self, key: str, temp: Path, stamps: Mapping[str, Stamp]) -> dict[str, Any]:
+        for name, log in self._logs.items():
+            log.sync(f"{name}.data")
+        files = list(walk_files(temp))
+        same_mode(self._fs, files, temp / STATE)
+        found = stamp_files(files)
+        for path in files:
+            self._fs.sync_file(path, "checkpoint.data")
+
+        def group(folder: Path, skip: tuple[Path, ...] = ()) -> dict[str, Any]:
+            inside = {
+                path.relative_to(folder).as_posix(): stamp.to_json()
+                for path, stamp in found.items()
+                if path.is_relative_to(folder) and not any(path.is_relative_to(other) for other in skip)
+            }
+            return {"key": key, "files": inside}
+
+        bound = None
+        for name in (STATE_FOLDER, RUN_FOLDER):
+            if (temp / name).is_dir():
+                data = render_document(group(temp / name))
+                self._fs.create(temp / name / MANIFEST, data, sync="checkpoint.manifest")
+                bound = stamp_bytes(data).to_json() if name == STATE_FOLDER else bound
+        manifest = {
+            **group(temp, (temp / STATE_FOLDER, temp / RUN_FOLDER)),
+            "format": layout.FORMAT,
+            "parent": self._parent(key),
+            "state": bound,
+            **{name: stamp.to_json() for name, stamp in stamps.items()},
+        }
+        self._fs.create(temp / MANIFEST, render_document(manifest), sync="checkpoint.manifest")
+        for folder in walk_folders(temp):
+            self._fs.sync_dir(folder, "checkpoint.dirs")
+        return manifest
+
+    def _parent(self, key: str) -> str | None:
+        # whole rounds only: whether there was a save inside the round must not show in the manifest
+        older = [
+            other
+            for other in layout.checkpoint_keys(self._run)
+            if not layout.is_partial(other) and parse_key(other) < parse_key(key)
+        ]
+        return older[-1] if older else None
+
+    def prune(self) -> None:
+        """Remove what the policy does not keep; the newest checkpoint always stays."""
+        keys = layout.checkpoint_keys(self._run)
+        kept = kept_keys(keys, self._policy)
+        for key in keys:
+            if key not in kept:
+                self._drop(self._folder / key, key)
+        for key in stateless_keys(kept):
+            folder = self._folder / key / STATE_FOLDER
+            if folder.is_dir():
+                self._drop(folder, f"{key}-{STATE_FOLDER}")
+
+    def _drop(self, path: Path, name: str) -> None:
+        # renamed away first: a checkpoint is whole or not there, never half removed
+        temp = self._folder / f"{TEMP_PREFIX}prune-{name}"
+        if temp.exists():
+            self._fs.remove(temp)
+        self._fs.rename(path, temp)
+        self._fs.sync_dir(self._folder, "prune.dir")
+        self._fs.remove(temp)

@@ -1,0 +1,160 @@
+"""Sealed shards: a JSONL file and, published before it, the checksum and plan that vouch for it.
+
+A shard is there when both are and they agree. A shard without a seal is torn; a seal without a shard means that the work
+is to be done again. A sealed shard never changes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.rundir import jsonl
+from iterative_sft_cli.rundir.fs import TEMP_PREFIX, FileSystem, list_names, read_bytes
+from iterative_sft_cli.rundir.integrity import Damage, parse_document, render_document, stamp_bytes
+from iterative_sft_cli.rundir.layout import ROUNDS, check_name, round_folder
+from iterative_sft_cli.rundir.quarantine import Quarantine
+
+SEAL = ".seal.json"
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+class ShardReader:
+    """The shards of a run as a reader without the lock sees them: damage is an error, nothing is moved."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+
+    def read(self, round_index: int, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+        """Rows and meta of a sealed shard, verified; None when it is not (or not wholly) there. Raises DataError for a damaged one."""
+        try:
+            return read_shard(round_folder(self._run, round_index), round_index, check_name(name))
+        except Damage as damage:
+            raise DataError(
+                damage.problem, where=str(damage.path), hint="the run's own next start repairs what it needs"
+            ) from damage
+
+    def names(self, round_index: int, prefix: str = "") -> list[str]:
+        """The shards of a round that have both their files and whose name begins with `prefix`, sorted; not verified."""
+        return shard_names(round_folder(self._run, round_index), prefix)
+
+
+class Shards:
+    """The writer's side. `compress` makes new shards `.jsonl.gz`; `before_seal` is called before one is published."""
+
+    def __init__(self, run: Path, fs: FileSystem, quarantine: Quarantine) -> None:
+        self._run = run
+        self._fs = fs
+        self._quarantine = quarantine
+        self.compress = False
+        self.before_seal: Callable[[], None] = lambda: None
+
+    def seal(self, round_index: int, name: str, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
+        """Publish a shard: on return it survives a power cut. Raises DataError when one of that name is there already, ValueError or TypeError
+        for rows or meta that are not strict JSON."""
+        folder = round_folder(self._run, round_index)
+        data = jsonl.encode_rows(rows)
+        suffix = ".jsonl"
+        if self.compress:
+            data, suffix = gzip.compress(data, mtime=0), ".jsonl.gz"
+        target = folder / (check_name(name) + suffix)
+        if target.exists():
+            raise DataError("a sealed shard never changes", where=str(target), expected="a shard that is not there yet")
+        stamp = stamp_bytes(data)
+        seal = render_document(
+            {
+                "file": target.name,
+                "round_index": round_index,
+                "count": len(rows),
+                "bytes": stamp.size,
+                "sha256": stamp.sha256,
+                "meta": dict(meta),
+            }
+        )
+        self.before_seal()
+        self._fs.make_dirs(folder, "round.dir")
+        temp = folder / (TEMP_PREFIX + target.name)
+        if temp.exists():
+            self._fs.unlink(temp)
+        try:
+            self._fs.create(temp, data, sync="shard.data")
+            self._fs.publish(folder / (name + SEAL), seal, data_label="seal.data", dir_label="seal.dir")
+        except BaseException:
+            self._fs.discard(temp)
+            raise
+        self._fs.rename(temp, target)
+        self._fs.sync_dir(folder, "shard.dir")
+        self._fs.acknowledge(target, f"shard {round_index:04d}/{name}")
+
+    def read(self, round_index: int, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+        """Rows and meta of a sealed shard, verified byte for byte. None when there is none to use: a torn or damaged one has been moved to
+        quarantine."""
+        folder = round_folder(self._run, round_index)
+        try:
+            return read_shard(folder, round_index, check_name(name))
+        except Damage as damage:
+            self.discard(round_index, name, f"{damage.path.name}: {damage.problem}")
+            return None
+
+    def names(self, round_index: int, prefix: str = "") -> list[str]:
+        """The shards of a round that have both their files and whose name begins with `prefix`, sorted; not verified."""
+        return shard_names(round_folder(self._run, round_index), prefix)
+
+    def discard(self, round_index: int, name: str, reason: str) -> None:
+        """Move a shard and its seal to quarantine, so that it is made again."""
+        folder = round_folder(self._run, round_index)
+        # the shard first: what a crash leaves in between is a seal without shard, which means "make it again"
+        for suffix in (*SUFFIXES, SEAL):
+            path = folder / (check_name(name) + suffix)
+            if path.exists():
+                self._quarantine.move(path, reason)
+
+
+def shard_names(folder: Path, prefix: str) -> list[str]:
+    """The names of the complete shards in a round's folder."""
+    present = set(list_names(folder))
+    found = []
+    for entry in present:
+        name = entry.removesuffix(SEAL)
+        if name != entry and name.startswith(prefix) and any(name + suffix in present for suffix in SUFFIXES):
+            found.append(name)
+    return sorted(found)
+
+
+def all_shards(run: Path) -> list[str]:
+    """`0001/generated-00000` for every complete shard of a run."""
+    return [
+        f"{number}/{name}" for number in list_names(run / ROUNDS) for name in shard_names(run / ROUNDS / number, "")
+    ]
+
+
+def read_shard(folder: Path, round_index: int, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+    """Rows and meta; None when the shard's file is not there. Raises Damage when it is there without a seal that vouches for its bytes."""
+    files = [folder / (name + suffix) for suffix in SUFFIXES if (folder / (name + suffix)).exists()]
+    if not files:
+        return None
+    path = folder / (name + SEAL)
+    seal = parse_document(read_bytes(path), path)
+    if seal.get("file") not in [file.name for file in files] or seal.get("round_index") != round_index:
+        raise Damage(path, f"the seal of another shard ({seal.get('round_index')}/{seal.get('file')})")
+    if len(files) > 1:
+        raise Damage(files[0], "there twice, plain and compressed")
+    data = read_bytes(files[0])
+    if data is None:
+        return None
+    stamp = stamp_bytes(data)
+    if stamp.size != seal.get("bytes"):
+        raise Damage(files[0], f"{stamp.size} bytes long, {seal.get('bytes')} were sealed")
+    if stamp.sha256 != seal.get("sha256"):
+        raise Damage(files[0], "its bytes are not those that were sealed (SHA-256 differs)")
+    try:
+        rows = jsonl.decode_rows(gzip.decompress(data) if files[0].suffix == ".gz" else data)
+    except (jsonl.BadLine, OSError, EOFError, zlib.error) as error:
+        raise Damage(files[0], str(error)) from error
+    if len(rows) != seal.get("count"):
+        raise Damage(files[0], f"{len(rows)} rows, {seal.get('count')} were sealed")
+    return rows, dict(seal["meta"])
