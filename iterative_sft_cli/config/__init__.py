@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from iterative_sft_cli.config.expression import Expression, ExpressionError, parse_expression
+from iterative_sft_cli.config.expression import Expression, ExpressionError, MissingScore
 from iterative_sft_cli.config.load import LoadedConfig, load_config
 from iterative_sft_cli.config.schedule import Schedule
 from iterative_sft_cli.config.schema import (
@@ -49,6 +49,7 @@ __all__ = [
     "GuardsConfig",
     "LmEvalConfig",
     "LoadedConfig",
+    "MissingScore",
     "MixConfig",
     "ModelConfig",
     "OpenAIConfig",
@@ -68,5 +69,4 @@ __all__ = [
     "WarmupConfig",
     "WindowConfig",
     "load_config",
-    "parse_expression",
 ]

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from iterative_sft_cli.config.fields import Count, CountFromZero, NoneWord, Section, Text, Texts
 from iterative_sft_cli.config.schedule import Schedule
-from iterative_sft_cli.config.section_filters import FilterEntry
+from iterative_sft_cli.config.section_filters import FilterEntry, default_name
 from iterative_sft_cli.config.section_generate import (
     GenerateConfig,
     OpenAIConfig,
@@ -112,8 +112,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _bind(self) -> Config:
-        """Fix the span of every schedule to `rounds`, and tell each filter where it stands."""
+        """Fix the span of every schedule to `rounds`; number filters of the same name, and tell each where it stands."""
+        taken: set[str] = set()
         for index, entry in enumerate(self.filters):
+            if entry.name in taken and entry.name == default_name(entry.use):
+                count = next(n for n in range(2, len(self.filters) + 2) if f"{entry.name}_{n}" not in taken)
+                self.filters[index] = entry = entry.model_copy(update={"name": f"{entry.name}_{count}"})
+            taken.add(entry.name)
             entry._key = f"filters[{index}]"
         for name in type(self).model_fields:
             self.__dict__[name] = map_schedules(getattr(self, name), lambda schedule: schedule.bound(self.rounds))
@@ -137,25 +142,6 @@ class Config(Section):
         values["stop"] = tuple(values["stop"])
         values["keep_logprobs"] = False
         return Decoding(**values, eos_token_ids=eos_token_ids)
-
-    def warmup_training(self) -> TrainConfig:
-        """The settings of round 0: those of `train` in round 1, with the keys that `warmup` gives. Needs `warmup`."""
-        if self.warmup is None:
-            raise ValueError("this config has no warmup section")
-        own = self.warmup
-        changes = {
-            name: value
-            for name in ("learning_rate", "lr_scheduler_type", "warmup_ratio", "batch_size")
-            if (value := getattr(own, name)) is not None
-        }
-        changes |= {
-            "epochs": own.epochs,
-            "steps": own.steps,
-            "objective": "nll",
-            "weight_by": None,
-            "lr_schedule": "restart",
-        }
-        return self.at_round(1).train.model_copy(update=changes)
 
     def to_tree(self) -> dict[str, Any]:
         """The whole config with defaults as JSON-able values: what `resolved.yaml` holds, and valid as a config itself."""

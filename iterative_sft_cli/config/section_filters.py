@@ -18,7 +18,7 @@ class FilterEntry(Section):
     use: Text
     """Built-in or installed name, pkg.mod:attr, or path/file.py:attr relative to this config."""
     name: Text
-    """Name of its score and of its line in the statistics; by default the filter's own."""
+    """Name of its score and of its line in the statistics; by default the filter's own, numbered when it is used twice."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments by name; numbers may be schedules."""
     bare: Any = None
@@ -82,10 +82,14 @@ def _refuse(value: Any) -> Any:
     raise finding(f"{show(value)} is not a filter", expected="a name, {name: arguments}, or {use: name, args: {...}}")
 
 
+def default_name(use: str) -> str:
+    """The score's name where the config gives none: the attribute, or the built-in's name."""
+    return use.rpartition(":")[2] or use
+
+
 def _named(entry: dict[str, Any]) -> dict[str, Any]:
-    """Derive the score's name from `use`: the built-in's name, or the attribute."""
     if isinstance(entry.get("use"), str) and entry.get("name") is None:
-        entry["name"] = entry["use"].rpartition(":")[2] or entry["use"]
+        entry["name"] = default_name(entry["use"])
     return entry
 
 

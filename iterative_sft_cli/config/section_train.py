@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from iterative_sft_cli.config.expression import check_expression
+from iterative_sft_cli.config.expression import GRAMMAR, ExpressionError
+from iterative_sft_cli.config.expression import Expression as ParsedExpression
 from iterative_sft_cli.config.fields import (
     ByShape,
     Count,
@@ -33,14 +34,19 @@ SchedulerType = Literal[
 
 
 def _expression(value: Any) -> Any:
-    """A number or an arithmetic expression over score names."""
+    """A number or an arithmetic expression over score names, checked for its grammar."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    return check_expression(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        try:
+            ParsedExpression(value)
+        except ExpressionError as error:
+            raise finding(str(error), expected=GRAMMAR) from None
+    return value
 
 
 Expression = Annotated[Text, BeforeValidator(_expression)]
-"""Arithmetic over score names: + - * / **, min, max, exp, log, abs, numbers."""
+"""Arithmetic over score names, kept as text."""
 
 
 class WindowConfig(Section):
@@ -61,8 +67,8 @@ class SeedDataConfig(Section):
     """Column with the question."""
     completion: Text = "completion"
     """Column with the text to learn."""
-    messages: Text | None = None
-    """Column with chat messages, instead of `prompt` and `completion`; the assistant's are learned."""
+    messages: Text = "messages"
+    """Column with chat messages, read instead of `prompt` and `completion` where the data has it; the assistant's are learned."""
     limit: Count | None = None
     """Take only the first so many rows; null takes all."""
 
@@ -77,16 +83,23 @@ class MixConfig(SeedDataConfig):
 class PassConfig(Section):
     """One of several passes over a round's samples, with a rising threshold (ReST's Improve steps)."""
 
-    min: float
-    """Keep samples whose `by` is at least this."""
+    threshold: float | None = None
+    """Keep samples whose `by` is at least this; null keeps all."""
     by: Expression | None = None
-    """Expression over score names that `min` is compared with; null is the only score there is."""
+    """Expression over score names that `threshold` is compared with."""
     learning_rate: Positive | None = None
     """Peak learning rate of this pass; null is that of `train`."""
     epochs: Count | None = None
     """Epochs of this pass; null is that of `train`."""
     steps: Count | None = None
     """Optimizer steps of this pass, instead of `epochs`."""
+
+    def overrides(self) -> dict[str, Any]:
+        """The values of `train` that this pass replaces."""
+        changes: dict[str, Any] = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+        if self.epochs is not None or self.steps is not None:
+            changes |= {"epochs": self.epochs, "steps": self.steps}
+        return changes
 
 
 class ParallelConfig(Section):
@@ -201,3 +214,11 @@ class WarmupConfig(SeedDataConfig):
         if value is not None and not isinstance(value, Mapping | WarmupConfig):
             raise finding(f"{show(value)} is not a warm-up", expected="none, or a mapping with path")
         return value
+
+    def training(self, train: TrainConfig) -> TrainConfig:
+        """The settings of round 0: those of `train` (of round 1), with the keys given here; plain negative log-likelihood, one pass."""
+        names = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "batch_size")
+        changes = {name: value for name in names if (value := getattr(self, name)) is not None}
+        changes |= {"epochs": self.epochs, "steps": self.steps, "objective": "nll", "objective_args": {}}
+        changes |= {"weight_by": None, "passes": None, "mix": None, "lr_schedule": "restart"}
+        return train.model_copy(update=changes)
