@@ -24,6 +24,10 @@ UNBOUNDED = 1 << 20
 _PROBES = ("What is 12 + 345?\n\n  A: x == 0.5", "naïve café, 数学 \U0001f600\t#include <a.h>")
 
 
+Conversation = list[Message] | tuple[str | list[Message], str]
+"""Messages, or a pair of a prompt and its completion."""
+
+
 @dataclass(frozen=True, slots=True)
 class Thinking:
     """A completion's thinking and what follows it; `closed` is false when a thinking block was opened and never closed.
@@ -58,25 +62,18 @@ class Encoder(Protocol):
     def training_row(self, sample: Sample, weight: float = 1.0) -> TrainRow:
         """The row a sample is trained as. Raises ValueError when no token of it would be trained."""
 
-    def conversation_row(
-        self,
-        sample_id: str,
-        messages: Sequence[Message] | None = None,
-        *,
-        prompt: str | Sequence[Message] | None = None,
-        completion: str | None = None,
-        weight: float = 1.0,
-    ) -> TrainRow:
-        """The row of seed data, given as `messages` or as `prompt` and `completion`. Raises ValueError as above."""
+    def conversation_row(self, sample_id: str, messages: Conversation, weight: float = 1.0) -> TrainRow:
+        """The row of seed data, given as messages or as a pair (prompt, completion). Raises ValueError as above."""
 
 
 class TokenizerEncoder:
     """An `Encoder` over a Hugging Face tokenizer.
 
     `section` is the config's `prompts` (or `eval`): its `system`, `few_shot`, `template`, `template_kwargs` and
-    `thinking_tags` are applied to every prompt; files it names are relative to `base_dir`. A prompt string is one user
-    message where there is a template, raw text otherwise. With a template given by the config the tokenizer takes it over,
-    so that it is saved with the model that was trained on it.
+    `thinking_tags` are applied to every prompt, None being replaced by what `inherit` says (the `prompts` of an `eval`);
+    files are relative to `base_dir`. A prompt string is one user message where there is a template, raw text otherwise.
+    With a `LoadedModel` in `loaded`, its EOS ids and context are known, and (without `inherit`) what it saves tells the
+    same story: it stops at the encoder's EOS ids and carries the template of the config.
     """
 
     def __init__(
@@ -85,22 +82,29 @@ class TokenizerEncoder:
         section: Any = None,
         base_dir: Path = Path("."),
         *,
+        inherit: Any = None,
+        loaded: Any = None,
         eos_token_ids: Sequence[int] = (),
         context_length: int | None = None,
         is_encoder_decoder: bool = False,
     ) -> None:
         """Raises ConfigError for a template that is not there or does not render, and when no EOS token is known."""
+
+        def setting(name: str) -> Any:
+            value = getattr(section, name, None)
+            return getattr(inherit, name, None) if value is None else value
+
+        if loaded is not None:
+            eos_token_ids, context_length = loaded.eos_token_ids, loaded.context_length
+            is_encoder_decoder = loaded.is_encoder_decoder
         self.tokenizer = tokenizer
         self.is_encoder_decoder = is_encoder_decoder
-        self.system: str | None = getattr(section, "system", None)
-        setting = getattr(section, "template", None)
-        kwargs = getattr(section, "template_kwargs", None)
-        self.template: ChatTemplate | None = resolve_template(tokenizer, setting, kwargs, base_dir)
-        self.few_shot = read_few_shot(getattr(section, "few_shot", None), base_dir)
-        tags: Sequence[str] = getattr(section, "thinking_tags", None) or ("<think>", "</think>")
-        self.open_tag, self.close_tag = tags
-        if self.template is not None and setting is not None:
-            tokenizer.chat_template = self.template.text
+        self.system: str | None = setting("system")
+        self.template: ChatTemplate | None = resolve_template(
+            tokenizer, setting("template"), setting("template_kwargs"), base_dir
+        )
+        self.few_shot_text, self.few_shot = read_few_shot(setting("few_shot"), base_dir)
+        self.open_tag, self.close_tag = setting("thinking_tags") or ("<think>", "</think>")
         end_of_turn = self.template.end_of_turn_id if self.template else None
         found = [end_of_turn, tokenizer.eos_token_id, *eos_token_ids]
         ids = [token for token in dict.fromkeys(found) if token is not None]
@@ -121,20 +125,10 @@ class TokenizerEncoder:
         }
         self._hidden |= set(self.eos_token_ids)
         self.fingerprint: str = self._fingerprint()
-
-    @classmethod
-    def of(cls, loaded: Any, section: Any = None, base_dir: Path = Path(".")) -> TokenizerEncoder:
-        """The encoder of a `LoadedModel`. The model then stops, and is saved as stopping, at the encoder's EOS tokens."""
-        encoder = cls(
-            loaded.tokenizer,
-            section,
-            base_dir,
-            eos_token_ids=loaded.eos_token_ids,
-            context_length=loaded.context_length,
-            is_encoder_decoder=loaded.is_encoder_decoder,
-        )
-        loaded.eos_token_ids = encoder.eos_token_ids
-        return encoder
+        if loaded is not None and inherit is None:
+            loaded.eos_token_ids = self.eos_token_ids
+            if self.template is not None and setting("template") is not None:
+                tokenizer.chat_template = self.template.text
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
@@ -165,6 +159,7 @@ class TokenizerEncoder:
                 expected="a text prompt",
                 hint="use an instruct model, or set prompts.template to a Jinja file",
             )
+        prompt = self.few_shot_text + prompt
         blocks = [self.system] if self.system else []
         blocks += [question + _seam(question, answer) + answer for question, answer in self.few_shot]
         return "\n\n".join([*blocks, prompt])
@@ -177,6 +172,8 @@ class TokenizerEncoder:
             head = [own.pop(0)]
         elif self.system:
             head = [{"role": "system", "content": self.system}]
+        if self.few_shot_text and own:
+            own[0] = {**own[0], "content": self.few_shot_text + str(own[0].get("content", ""))}
         for question, answer in self.few_shot:
             head += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return head + own
@@ -257,29 +254,18 @@ class TokenizerEncoder:
         prompt = list(sample.prompt_ids) or self.encode_prompt(sample.prompt)
         return self._row(sample.sample_id, [(prompt, False), (completion, True)], weight)
 
-    def conversation_row(
-        self,
-        sample_id: str,
-        messages: Sequence[Message] | None = None,
-        *,
-        prompt: str | Sequence[Message] | None = None,
-        completion: str | None = None,
-        weight: float = 1.0,
-    ) -> TrainRow:
-        """Seed data: every assistant turn of `messages`, or the `completion` of `prompt`, is trained with its end of turn.
+    def conversation_row(self, sample_id: str, messages: Conversation, weight: float = 1.0) -> TrainRow:
+        """Seed data: every assistant turn of a list of messages, or the completion of a pair (prompt, completion).
 
         The mask is built turn by turn from ids that are known. Where the template rewrites earlier turns (drops their
         reasoning), only the turns behind the last rewriting are trained. Raises ValueError when no token would be trained
         or a turn leaves the thinking block open that the template opened.
         """
-        if messages is not None:
-            if prompt is not None or completion is not None:
-                raise ValueError(f"{sample_id}: either messages or prompt and completion")
+        if not isinstance(messages, tuple):
             if self.template is None:
                 self._raw_text(messages)
             return self._row(sample_id, self._turns(sample_id, messages), weight)
-        if prompt is None or completion is None:
-            raise ValueError(f"{sample_id}: neither messages nor prompt and completion")
+        prompt, completion = messages
         if self.template is not None:
             answer = {"role": "assistant", "content": completion}
             completion = self._turn_content(sample_id, answer, self.prompt_text(prompt))
@@ -344,7 +330,7 @@ class TokenizerEncoder:
             "template": self.template.text if self.template else None,
             "template_kwargs": dict(self.template.kwargs) if self.template else {},
             "system": self.system,
-            "few_shot": self.few_shot,
+            "few_shot": [self.few_shot_text, self.few_shot],
             "eos_token_ids": self.eos_token_ids,
             "thinking": [self.open_tag, self.close_tag],
         }
@@ -361,7 +347,7 @@ class TokenizerEncoder:
         prompt_ids = self.encode_prompt(prompt)
         opens = self.prompt_opens_thinking(prompt_ids)
         answer = f"Add.\n{self.close_tag}\n\n{completion}" if opens else completion
-        row = self.conversation_row("probe", prompt=prompt, completion=answer)
+        row = self.conversation_row("probe", (prompt, answer))
         trained = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORE]
         start = len(row.input_ids) - len(trained)
         whole = self._encode(self.prompt_text(prompt) + answer)

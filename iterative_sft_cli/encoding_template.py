@@ -130,21 +130,25 @@ def find_file(name: str, base_dir: Path) -> Path | None:
     return None
 
 
-def read_few_shot(setting: str | Sequence[Mapping[str, Any]] | None, base_dir: Path) -> list[tuple[str, str]]:
-    """The (prompt, completion) pairs shown before every question.
+def read_few_shot(
+    setting: str | Sequence[Mapping[str, Any]] | None, base_dir: Path
+) -> tuple[str, list[tuple[str, str]]]:
+    """What is shown before every question: a text put in front of it as it is, and (prompt, completion) pairs.
 
-    `setting` is a list of mappings with `prompt` and `completion` (or `answer`), or a JSONL, JSON or YAML file of them,
-    relative to `base_dir`. Raises ConfigError for a wrong form and DataError for a file that is not there.
+    `setting` is a list of mappings with `prompt` and `completion` (or `answer`), a JSONL, JSON or YAML file of them, or a
+    .txt file, relative to `base_dir`. Raises ConfigError for a wrong form and DataError for a file that is not there.
     """
     where = "prompts.few_shot"
     if setting is None:
-        return []
+        return "", []
     items: Any = setting
     if isinstance(setting, str):
         path = find_file(setting, base_dir)
         if path is None:
             raise DataError(f"no file {setting!r}", where=where, hint=f"paths are relative to {base_dir}")
         where = str(path)
+        if path.suffix == ".txt":
+            return path.read_text(encoding="utf-8-sig"), []
         items = _read_items(path)
     if not isinstance(items, Sequence) or isinstance(items, str | bytes):
         raise ConfigError("not a list", where=where, expected="a list of {prompt, completion}")
@@ -159,7 +163,7 @@ def read_few_shot(setting: str | Sequence[Mapping[str, Any]] | None, base_dir: P
                 expected="a mapping with the texts `prompt` and `completion` (or `answer`)",
             )
         pairs.append((prompt, completion))
-    return pairs
+    return "", pairs
 
 
 def _read_items(path: Path) -> Any:
