@@ -28,6 +28,7 @@ def build_stages(
     if config.model.use is not None:
         backend = open_backend(config, loaded.base_dir)
         encoder, learner, engine = backend.encoder, backend.learner, backend.engine
+        eval_encoder = encoder
         base_hash = str(getattr(backend, "base_hash", "plug-in"))
     else:
         from iterative_sft_cli.encoding import TokenizerEncoder
@@ -37,7 +38,8 @@ def build_stages(
 
         view.note(f"loading {config.model.path or 'a fresh model'}")
         model = load_model(config.model, seed=config.seed, base_dir=loaded.base_dir)
-        encoder = TokenizerEncoder(model.tokenizer, config.prompts, base_dir=loaded.base_dir, loaded=model)
+        encoder = TokenizerEncoder.of(model, config.prompts, loaded.base_dir)
+        eval_encoder = encoder if config.eval is None else eval_encoder_of(model, encoder, config, loaded.base_dir)
         learner = open_learner(config.train, loaded=model, encoder=encoder, config=config)
         engine = open_engine(
             config.generate, loaded=model, encoder=encoder, base_dir=loaded.base_dir, run_dir=run.path, seed=config.seed
@@ -48,6 +50,7 @@ def build_stages(
         config=config,
         run=run,
         encoder=encoder,
+        eval_encoder=eval_encoder,
         learner=learner,
         engine=engine,
         prompts=prompts.prompts,
@@ -60,6 +63,16 @@ def build_stages(
         warmup_rows=seed_rows(config.warmup, encoder, loaded.base_dir) if config.warmup is not None else (),
         base_folder=base_folder,
     )
+
+
+def eval_encoder_of(model: Any, encoder: Any, config: Any, base_dir: Path) -> Any:
+    """The encoder of eval prompts: that of `prompts`, unless `eval` has a system message, examples or template of its own."""
+    own = {
+        name: value
+        for name in ("system", "few_shot", "template", "template_kwargs")
+        if (value := getattr(config.eval, name)) is not None
+    }
+    return type(encoder).of(model, config.prompts.model_copy(update=own), base_dir) if own else encoder
 
 
 def open_backend(config: Any, base_dir: Path) -> Any:
@@ -86,20 +99,13 @@ def open_backend(config: Any, base_dir: Path) -> Any:
 
 
 def seed_rows(section: Any, encoder: Any, base_dir: Path) -> list[TrainRow]:
-    """The rows of a seed-data file (JSONL with `messages`, or `prompt` and `completion`), masked to what an assistant wrote."""
-    from iterative_sft_cli.prompts import read_rows
+    """The rows of a seed-data section (`mix` or `warmup`), masked to what an assistant wrote. Raises DataError when there is none."""
+    from iterative_sft_cli.prompts import read_seed_rows
 
-    rows = []
-    for index, row in enumerate(read_rows(section.path, base_dir=base_dir)):
-        messages = row.get("messages")
-        if messages is None:
-            if "prompt" not in row or "completion" not in row:
-                raise DataError(
-                    f"{section.path}: row {index + 1} has neither `messages` nor `prompt` and `completion`",
-                    hint=f"its columns are {', '.join(sorted(row))}",
-                )
-            messages = (row["prompt"], row["completion"])
-        rows.append(encoder.conversation_row(f"seed-{index}", messages, weight=1.0))
+    rows = [
+        encoder.conversation_row(f"seed-{index}", conversation, weight=1.0)
+        for index, conversation in enumerate(read_seed_rows(section, base_dir=base_dir))
+    ]
     if not rows:
-        raise DataError(f"{section.path}: no rows", expected="at least one seed example")
+        raise DataError(f"{section.path or section.dataset}: no rows", expected="at least one seed example")
     return rows

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from iterative_sft_cli.config.expression import parse_expression
 from iterative_sft_cli.filters import FilterChain
 from iterative_sft_cli.guards import best_round, check_budget, check_round
 from iterative_sft_cli.prompts import PromptHistory, select_round
@@ -141,7 +142,7 @@ def warm_up(stages: Stages, config: Any, point: ResumePoint, log: RoundLog) -> N
     """Supervised training on seed data before round 1 (checkpoint 0000); nothing without a `warmup` section."""
     if config.warmup is None:
         return
-    section = config.warmup.training(config.train)
+    section = config.warmup_training()
     passes = plan_passes(section, stages.warmup_rows, [{}] * len(stages.warmup_rows), seed=config.seed, round_index=0)
     log("start", start_from="base", weights="base")
     train_round(stages, passes, stages.warmup_rows, round_index=0, keep_optimizer=False, done=point.step or 0, log=log)
@@ -192,7 +193,8 @@ def choose_prompts(stages: Stages, config: Any, round_index: int) -> list[Any]:
 
 def needs_history(section: Any) -> bool:
     """Whether choosing prompts looks at earlier rounds."""
-    return section.order == "hardest_first" or section.skip is not None
+    skip = section.skip
+    return section.order == "hardest_first" or (skip.solved_at_least, skip.solved_at_most) != (None, None)
 
 
 def read_history(stages: Stages, round_index: int) -> Mapping[str, PromptHistory]:
@@ -256,9 +258,9 @@ def eval_filters(stages: Stages) -> list[Any]:
 
 def scores_read(config: Any) -> set[str]:
     """The scores that training reads."""
-    from iterative_sft_cli.config.expression import Expression
-
     read: set[str] = set()
-    if isinstance(config.train.weight_by, str):
-        read |= set(Expression(config.train.weight_by).names)
-    return read | {one.by for one in config.train.passes or () if one.by}
+    if config.train.weight_by is not None:
+        read |= set(parse_expression(config.train.weight_by).names)
+    for one in config.train.passes or ():
+        read |= set(parse_expression(one.by).names) if one.by else set()
+    return read

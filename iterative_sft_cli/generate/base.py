@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,10 +18,13 @@ class Engine(Protocol):
     """A source of completions.
 
     `begin` makes the engine serve the given weights and may take memory; `end` frees it. Between them `plan` and
-    `generate` may be called many times. `deterministic` says whether the same plan gives the same bytes.
+    `generate` may be called many times. `deterministic` says whether the same plan gives the same bytes. `heartbeat` is set by
+    the loop; the engine calls it at least once a second while it generates with the number of tokens made since the last
+    call. It drives the progress bar and the watchdog, and raises when the run is to stop: the exception passes through.
     """
 
     deterministic: bool
+    heartbeat: Callable[[int], None]
 
     def begin(self, weights: Path | None) -> None:
         """Serve the weights in the Hugging Face folder `weights`; None means the live model the trainer holds."""
@@ -30,9 +33,7 @@ class Engine(Protocol):
         """The batch shape for one shard, as JSON with at least `max_rows`: fixed before the shard starts, stored in its
         seal, replayed on resume. A pure function of config, model and machine, never of free memory."""
 
-    def generate(
-        self, requests: Sequence[Request], decoding: Decoding, plan: dict[str, Any]
-    ) -> Iterator[Completion]:
+    def generate(self, requests: Sequence[Request], decoding: Decoding, plan: dict[str, Any]) -> Iterator[Completion]:
         """Yield every (prompt_id, sample_index) of `requests` exactly once, in any order, each as soon as it is finished."""
 
     def end(self) -> None:

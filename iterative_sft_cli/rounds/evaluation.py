@@ -9,7 +9,7 @@ from typing import Any
 
 from iterative_sft_cli.eval import PromptResult, summarize
 from iterative_sft_cli.filters import FilterChain
-from iterative_sft_cli.rounds.judge import decoding_of, generate_shard, into_shards, make_requests, seeds_of
+from iterative_sft_cli.rounds.judge import generate_shard, into_shards, make_requests, seeds_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.samples import EVAL, sample_to_row
 from iterative_sft_cli.types import Decoding, Request
@@ -35,14 +35,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """The `eval/...` figures of the weights that `open_engine` serves, from sealed samples of every eval prompt."""
     section, prompts = config.eval, stages.eval_prompts
-    decoding = decoding_of(section, stages.encoder)
+    decoding = config.eval_decoding(eos_token_ids=stages.eval_encoder.eos_token_ids)
     num_samples = int(section.samples_per_prompt)
     plans: list[tuple[list[Request], Decoding]] = []
     # the same seeds each round: a change of the figures is a change of the weights
-    requests = make_requests(stages, prompts, num_samples, purpose="eval", round_index=0)
+    requests = make_requests(stages, stages.eval_encoder, prompts, num_samples, purpose="eval", round_index=0)
     plans += [(shard, decoding) for shard in into_shards(requests)]
     if section.greedy and decoding.do_sample:
-        alone = make_requests(stages, prompts, 1, purpose="eval-greedy", round_index=0)
+        alone = make_requests(stages, stages.eval_encoder, prompts, 1, purpose="eval-greedy", round_index=0)
         greedy = [replace(request, sample_indices=(GREEDY_INDEX,)) for request in alone]
         plans += [(shard, replace(decoding, do_sample=False)) for shard in into_shards(greedy)]
     by_id = {prompt.prompt_id: prompt for prompt in prompts}

@@ -24,24 +24,8 @@ SHARD_ROWS = 512
 """Samples of a shard: what a kill can cost at most, against the idle rows while a shard drains."""
 
 
-def decoding_of(section: Any, encoder: Any) -> Decoding:
-    """The decoding that a `generate` or `eval` section asks for, with the model's EOS ids."""
-    return Decoding(
-        do_sample=section.do_sample,
-        temperature=float(section.temperature),
-        top_p=float(section.top_p),
-        top_k=int(section.top_k),
-        min_p=float(section.min_p),
-        repetition_penalty=float(section.repetition_penalty),
-        max_new_tokens=int(section.max_new_tokens),
-        stop=tuple(section.stop or ()),
-        eos_token_ids=tuple(encoder.eos_token_ids),
-        keep_logprobs=bool(section.keep_logprobs),
-    )
-
-
 def make_requests(
-    stages: Stages, prompts: Sequence[Prompt], num_samples: int, *, purpose: str, round_index: int
+    stages: Stages, encoder: Any, prompts: Sequence[Prompt], num_samples: int, *, purpose: str, round_index: int
 ) -> list[Request]:
     """One request a prompt; every sample's seed is a function of (seed, purpose, round, prompt, sample)."""
     seed = stages.config.seed
@@ -49,7 +33,7 @@ def make_requests(
         Request(
             prompt_id=prompt.prompt_id,
             prompt=prompt.prompt,
-            prompt_ids=tuple(stages.encoder.encode_prompt(prompt.prompt)),
+            prompt_ids=tuple(encoder.encode_prompt(prompt.prompt)),
             sample_indices=tuple(range(num_samples)),
             seeds=tuple(derive_seed(seed, purpose, round_index, prompt.prompt_id, i) for i in range(num_samples)),
         )
@@ -174,9 +158,9 @@ def judge_round(
     """Leave every sample of the round sealed with its verdicts. `open_engine` is called only when something is to be generated."""
     run, shards = stages.run, stages.run.shards
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    decoding = decoding_of(config.generate, stages.encoder)
+    decoding = config.generate.decoding(eos_token_ids=stages.encoder.eos_token_ids)
     num_samples = int(config.generate.samples_per_prompt)
-    requests = make_requests(stages, prompts, num_samples, purpose="generate", round_index=round_index)
+    requests = make_requests(stages, stages.encoder, prompts, num_samples, purpose="generate", round_index=round_index)
     judging: list[Future[int]] = []
     start = time.monotonic()
 

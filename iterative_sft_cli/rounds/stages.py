@@ -41,6 +41,7 @@ class Stages:
     config: Any
     run: Any
     encoder: Any
+    eval_encoder: Any
     learner: Learner
     engine: Engine
     prompts: Sequence[Prompt]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from iterative_sft_cli.config.expression import Expression
+from iterative_sft_cli.config.expression import Expression, parse_expression
 from iterative_sft_cli.errors import DataError, GuardStop, Interrupted, OutOfMemoryError, Preempted
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.rounds.weights import round_key
@@ -48,7 +48,7 @@ def weight_of(expression: Expression | None, stored: StoredSample) -> float:
 def gather_rows(stages: Stages, config: Any, round_index: int) -> tuple[list[TrainRow], list[dict[str, float | None]]]:
     """The rows of a round in the order of their rounds and samples, seed data last; and each row's scores."""
     section = config.train
-    expression = Expression(section.weight_by) if isinstance(section.weight_by, str) else None
+    expression = parse_expression(section.weight_by) if section.weight_by is not None else None
     rows: list[TrainRow] = []
     scores: list[dict[str, float | None]] = []
     for stored in iter_accepted(stages.run.shards, pool_rounds(section.data, round_index)):
@@ -66,13 +66,10 @@ def plan_passes(
     section: Any, rows: Sequence[TrainRow], scores: Sequence[Mapping[str, float | None]], *, seed: int, round_index: int
 ) -> list[TrainPass]:
     """The passes of a round: one, or ReST's list of passes with rising thresholds (each on the rows that reach its threshold)."""
-    passes = section.passes or [None]
     planned = []
-    for index, one in enumerate(passes):
-        settings = section if one is None else section.model_copy(update=one.overrides())
-        keep = list(range(len(rows)))
-        if one is not None and one.threshold is not None:
-            keep = [i for i in keep if _reaches(scores[i], one.by, float(one.threshold))]
+    for index, one in enumerate(section.passes or [None]):
+        settings = section if one is None else with_overrides(section, one)
+        keep = [i for i in range(len(rows)) if one is None or reaches(scores[i], one.by, float(one.min))]
         steps = deal(
             len(keep),
             epochs=None if settings.epochs is None else float(settings.epochs),
@@ -86,11 +83,25 @@ def plan_passes(
     return planned
 
 
-def _reaches(scores: Mapping[str, float | None], by: str | None, threshold: float) -> bool:
-    if not scores:  # seed data has no scores and is in every pass
+def with_overrides(section: Any, one: Any) -> Any:
+    """`train` with what a pass says differently; its epochs or steps replace both of `train`'s."""
+    update: dict[str, Any] = {"passes": None}
+    if one.learning_rate is not None:
+        update["learning_rate"] = one.learning_rate
+    if one.epochs is not None or one.steps is not None:
+        update |= {"epochs": one.epochs, "steps": one.steps}
+    return section.model_copy(update=update)
+
+
+def reaches(scores: Mapping[str, float | None], by: str | None, threshold: float) -> bool:
+    """Whether a sample's score (of the expression `by`, or the only one there is) is at least `threshold`; seed data always is."""
+    if not scores:
         return True
-    values = [scores.get(by)] if by else [v for v in scores.values() if v is not None][-1:]
-    return bool(values) and values[0] is not None and values[0] >= threshold
+    known = {name: float(value) for name, value in scores.items() if value is not None}
+    if by is not None:
+        expression = parse_expression(by)
+        return expression.names <= known.keys() and expression(known) >= threshold
+    return len(known) == 1 and next(iter(known.values())) >= threshold
 
 
 def train_round(

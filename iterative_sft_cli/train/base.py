@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,9 +15,14 @@ class TrainOutOfMemory(Exception):
 
 @runtime_checkable
 class Learner(Protocol):
-    """The weights being trained, with their optimizer."""
+    """The weights being trained, with their optimizer.
+
+    `heartbeat` is set by the loop; `step` calls it after each micro-batch with the number of tokens in it. It drives the
+    progress bar and the watchdog, and raises when the run is to stop: the exception passes through with parameters and optimizer untouched.
+    """
 
     deterministic: bool
+    heartbeat: Callable[[int], None]
 
     def load_weights(self, folder: Path | None) -> None:
         """Take the weights in a checkpoint folder (base dtype, upcast to the training dtype), or the base model's when None; the optimizer is made fresh."""
