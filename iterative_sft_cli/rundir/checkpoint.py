@@ -37,6 +37,13 @@ class Checkpoint:
         return Stamp.from_json(self.manifest[name])
 
     @property
+    def weights_hash(self) -> str:
+        """A checksum of the model's files (the safetensors where there are any): the same weights have the same one, whatever the key."""
+        files = {name: entry["sha256"] for name, entry in self.manifest["files"].items() if name != STATE}
+        weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")} or files
+        return stamp_bytes(json.dumps(weights, sort_keys=True).encode("ascii")).sha256
+
+    @property
     def size(self) -> int:
         """Bytes of the model's files."""
         return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())

@@ -111,12 +111,12 @@ class Checkpoints:
         self._policy = Policy(keep, best)
         self._needs_state = needs_state
 
-    def drop_partial(self, round_index: int) -> None:
-        """Remove the saves inside a round that is committed (a commit of the whole round does it by itself)."""
+    def drop_partial(self, round_index: int, keep: str | None = None) -> None:
+        """Remove the saves inside a round, but for `keep` and the newest checkpoint. (A commit does so by itself for all that is older.)"""
         self.wait()
+        spared = {keep, self._newest.key if self._newest else None}
         for key in layout.checkpoint_keys(self._run):
-            number, step = parse_key(key)
-            if number == round_index and step != layout.WHOLE_ROUND and key != (self._newest and self._newest.key):
+            if layout.is_partial(key) and parse_key(key)[0] == round_index and key not in spared:
                 self._drop(self._folder / key, key)
 
     def commit(self, key: str, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iterative_sft_cli.errors import StorageError
-from iterative_sft_cli.rundir import platform
+from iterative_sft_cli.rundir import system
 
 TEMP_PREFIX = ".tmp-"
 """How the names of unfinished files and folders begin; recovery removes them."""
@@ -95,7 +95,7 @@ def foreign_error(error: Exception, path: Path, needed: int | None = None) -> St
 def _free_note(path: Path) -> str:
     for folder in (path, *path.parents):
         with contextlib.suppress(OSError):
-            return f", {platform.free_bytes(folder)} free"
+            return f", {system.free_bytes(folder)} free"
     return ""
 
 
@@ -103,7 +103,7 @@ def require_space(path: Path, needed: int) -> None:
     """Raise StorageError when the file system that holds (or will hold) `path` has less than `needed` bytes free."""
     for folder in (path, *path.parents):
         with contextlib.suppress(OSError):
-            free = platform.free_bytes(folder)
+            free = system.free_bytes(folder)
             break
     else:
         return
@@ -118,7 +118,7 @@ def require_space(path: Path, needed: int) -> None:
 def read_bytes(path: Path) -> bytes | None:
     """The whole file, None when there is none. Raises StorageError when the disk cannot read it."""
     try:
-        fd = os.open(path, os.O_RDONLY | platform.OPEN_FLAGS)
+        fd = os.open(path, os.O_RDONLY | system.OPEN_FLAGS)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -180,12 +180,12 @@ class FileSystem:
     def create(self, path: Path, data: bytes, *, sync: str | None) -> None:
         """Write a new file; with `sync`, its bytes are on the device on return."""
         with self._change(Op("create", path), needed=len(data)):
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | platform.OPEN_FLAGS, 0o666)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | system.OPEN_FLAGS, 0o666)
         try:
             self._write(fd, path, data)
             if sync is not None:
                 with self._change(Op("fsync", path, sync)):
-                    platform.sync_file(fd)
+                    system.sync_file(fd)
         finally:
             os.close(fd)
 
@@ -206,12 +206,12 @@ class FileSystem:
     def open_append(self, path: Path) -> int:
         """A descriptor that writes at the end of `path`, made when missing."""
         with self._change(Op("create", path) if not path.exists() else Op("open", path)):
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | platform.OPEN_FLAGS, 0o666)
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | system.OPEN_FLAGS, 0o666)
 
     def open_lock(self, path: Path) -> int:
         """A descriptor of the lock file, made when missing, not emptied."""
         with self._change(Op("create", path) if not path.exists() else Op("open", path)):
-            return os.open(path, os.O_RDWR | os.O_CREAT | platform.OPEN_FLAGS, 0o666)
+            return os.open(path, os.O_RDWR | os.O_CREAT | system.OPEN_FLAGS, 0o666)
 
     def append(self, fd: int, path: Path, data: bytes) -> None:
         """Write all of `data` to `fd`."""
@@ -233,7 +233,7 @@ class FileSystem:
     def truncate(self, path: Path, length: int) -> None:
         """Cut the file to its first `length` bytes."""
         with self._change(Op("truncate", path, length=length)):
-            fd = os.open(path, os.O_RDWR | platform.OPEN_FLAGS)
+            fd = os.open(path, os.O_RDWR | system.OPEN_FLAGS)
             try:
                 os.ftruncate(fd, length)
             finally:
@@ -242,21 +242,21 @@ class FileSystem:
     def sync_fd(self, fd: int, path: Path, label: str) -> None:
         """Return when the bytes of the open file are on the device."""
         with self._change(Op("fsync", path, label)):
-            platform.sync_file(fd)
+            system.sync_file(fd)
 
     def sync_file(self, path: Path, label: str) -> None:
         """Return when the bytes of `path`, whoever wrote them, are on the device."""
         with self._change(Op("fsync", path, label)):
-            fd = os.open(path, os.O_RDWR | platform.OPEN_FLAGS)
+            fd = os.open(path, os.O_RDWR | system.OPEN_FLAGS)
             try:
-                platform.sync_file(fd)
+                system.sync_file(fd)
             finally:
                 os.close(fd)
 
     def sync_dir(self, path: Path, label: str) -> None:
         """Return when the names in `path` are on the device."""
         with self._change(Op("fsync_dir", path, label)):
-            platform.sync_directory(path)
+            system.sync_directory(path)
 
     def rename(self, source: Path, target: Path) -> None:
         """Give `source` the name `target`; a file there is replaced, a folder that is not empty is an error."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iterative_sft_cli.rundir import platform
+from iterative_sft_cli.rundir import system
 from iterative_sft_cli.rundir.fs import read_bytes, storage_error
 
 SELF = "self_sha256"
@@ -54,7 +54,7 @@ def stamp_bytes(data: bytes) -> Stamp:
 def stamp_file(path: Path) -> Stamp:
     """The stamp of a file, read in pieces. Raises Damage when it is missing, StorageError when it cannot be read."""
     try:
-        fd = os.open(path, os.O_RDONLY | platform.OPEN_FLAGS)
+        fd = os.open(path, os.O_RDONLY | system.OPEN_FLAGS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Damage(path, "missing") from error
     except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import DataError
-from iterative_sft_cli.rundir import platform
+from iterative_sft_cli.rundir import system
 from iterative_sft_cli.rundir.fs import FileSystem, read_bytes
 
 PATIENCE_S = 1.0
@@ -26,13 +26,13 @@ class RunLock:
         self.path = path
         self._fd = fs.open_lock(path)
         try:
-            if not platform.try_lock(self._fd):
+            if not system.try_lock(self._fd):
                 raise DataError(
                     f"another process is working in this run: {describe_holder(path)}",
                     where=str(path.parent),
                     hint="wait for it, stop it, or choose another output_dir; the lock is free as soon as that process has ended",
                 )
-            platform.close_in_children(self._fd)
+            system.close_in_children(self._fd)
             fs.replace_text(self._fd, path, _me())
         except BaseException:
             self.close()
@@ -73,4 +73,4 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _is_stale(holder: dict[str, Any]) -> bool:
     pid = holder.get("pid")
-    return holder.get("host") == socket.gethostname() and isinstance(pid, int) and not platform.process_alive(pid)
+    return holder.get("host") == socket.gethostname() and isinstance(pid, int) and not system.process_alive(pid)

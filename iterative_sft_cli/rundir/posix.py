@@ -1,4 +1,4 @@
-"""What the run directory asks of a POSIX kernel; `windows.py` answers the same questions, `platform.py` picks one."""
+"""What the run directory asks of a POSIX kernel; `windows.py` answers the same questions, `system.py` picks one."""
 
 from __future__ import annotations
 

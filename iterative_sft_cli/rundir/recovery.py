@@ -109,29 +109,42 @@ def choose(run: Path, quarantine: Quarantine) -> Checkpoint | None:
     return chosen
 
 
-def mend_marker(run: Path, fs: FileSystem, quarantine: Quarantine) -> Marker:
-    """The run's marker, put back from a checkpoint's copy when it is damaged. Raises DataError when no copy is to be had."""
+def find_marker(run: Path) -> tuple[Marker | None, bytes | None, str]:
+    """(marker, copy, problem): the run's marker, or when that is missing or damaged the newest checkpoint's copy of it with its bytes.
+
+    (None, None, "") when nothing here says that this is a run. Raises DataError for a newer format, or damage without a copy.
+    """
     path = run / layout.MARKER
+    keys = layout.checkpoint_keys(run)
     try:
         marker = read_marker(run)
-        if marker is not None:
-            return marker
+        if marker is not None or not keys:
+            return marker, None, ""
         problem = "missing"
     except Damage as damage:
         problem = damage.problem
-    for key in reversed(layout.checkpoint_keys(run)):
+    for key in reversed(keys):
         copy = read_copy(run / layout.CHECKPOINTS / key, layout.MARKER)
         if copy is not None:
-            marker = parse_marker(copy, path)
-            if path.exists():
-                quarantine.move(path, f"{problem}; put back from checkpoint {key}")
-            fs.publish(path, copy, data_label="mend.data", dir_label="mend.dir")
-            return marker
+            return parse_marker(copy, path), copy, f"{problem}; put back from checkpoint {key}"
     raise DataError(
-        f"damaged: {problem}, and no checkpoint holds a copy",
+        f"damaged ({problem}), and no checkpoint holds a copy",
         where=str(path),
         hint="put the file back from a backup, or start again in another output_dir",
     )
+
+
+def mend_marker(run: Path, fs: FileSystem, quarantine: Quarantine) -> Marker:
+    """The run's marker, put back from a checkpoint's copy when it is damaged. Raises DataError when there is no run, or no copy."""
+    path = run / layout.MARKER
+    marker, copy, problem = find_marker(run)
+    if marker is None:
+        raise DataError("there is no run here", where=str(run), hint="isft train CONFIG begins one")
+    if copy is not None:
+        if path.exists():
+            quarantine.move(path, problem)
+        fs.publish(path, copy, data_label="mend.data", dir_label="mend.dir")
+    return marker
 
 
 def mend_records(run: Path, fs: FileSystem, quarantine: Quarantine, marker: Marker) -> None:
