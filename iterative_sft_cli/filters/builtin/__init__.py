@@ -1,0 +1,35 @@
+"""The built-in filters: one file each, named like the filter, holding the callable and its `SPEC`.
+
+Nothing is imported until a filter is used; optional libraries are imported inside the filters.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from iterative_sft_cli.filters.builtin.spec import BuiltIn
+
+NAMES: tuple[str, ...] = (
+    "dedup",
+    "exact_match",
+    "finished",
+    "length",
+    "math_verify",
+    "max_per_prompt",
+    "nonempty",
+    "numeric_answer",
+    "reasoning_gym",
+    "regex",
+    "threshold",
+    "top_k",
+)
+
+
+def load_builtin(name: str) -> tuple[Any, BuiltIn]:
+    """The callable and the specification of a built-in. Raises KeyError for an unknown name."""
+    if name not in NAMES:
+        raise KeyError(name)
+    module = importlib.import_module(f"{__name__}.{name}")
+    spec: BuiltIn = module.SPEC
+    return getattr(module, name), spec

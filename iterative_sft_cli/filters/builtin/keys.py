@@ -1,0 +1,60 @@
+"""What makes two completions the same: the keys of `dedup`, from bytes to equation lists and syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import re
+import unicodedata
+
+MAX_CODE_CHARS = 50_000
+
+_MARKED = re.compile(r"<<([^<>]{1,200})>>")
+_EQUATION = re.compile(r"[-+*/×÷().,$%0-9 \t]{1,200}=[ \t]*[-$]{0,2}[0-9][0-9.,]*%?")
+_FENCE = re.compile(r"```[a-zA-Z0-9_+-]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_PUNCTUATION = re.compile(r"[^\w\s.+*/=<>%-]")
+
+
+def normalized(text: str) -> str:
+    """NFKC, case folded, white space collapsed, punctuation dropped except what changes a formula."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(_PUNCTUATION.sub(" ", text.casefold()).split()).strip(" .")
+
+
+def equations(text: str) -> list[str]:
+    """The equations of a solution in order, without spaces: `<<48/2=24>>` where such marks exist (the RFT paper's key),
+    else every `numbers and operators = number`."""
+    found = _MARKED.findall(text)
+    if not found:
+        found = [m[0] for m in _EQUATION.finditer(text) if any(sign in m[0].split("=")[0] for sign in "+-*/×÷")]
+    return ["".join(one.replace("$", "").split()).rstrip(".,") for one in found]
+
+
+def equation_list(text: str) -> str:
+    """The equation list as one key; a text without equations falls back to its normalized form."""
+    found = equations(text)
+    return "=" + "|".join(found) if found else "~" + normalized(text)
+
+
+def python_source(text: str) -> str:
+    """The last fenced code block, or the whole text without one."""
+    blocks: list[str] = _FENCE.findall(text)
+    return blocks[-1] if blocks else text
+
+
+def syntax_tree(text: str) -> str:
+    """The Python syntax tree without comments, layout and docstrings; what does not parse falls back to `normalized`."""
+    source = python_source(text)
+    if len(source) > MAX_CODE_CHARS:
+        return "~" + normalized(text)
+    try:
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+                body = node.body
+                if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+                    if isinstance(body[0].value.value, str):
+                        node.body = body[1:] or [ast.Pass()]
+        return "=" + ast.dump(tree)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return "~" + normalized(text)
