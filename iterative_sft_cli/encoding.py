@@ -104,7 +104,8 @@ class TokenizerEncoder:
             tokenizer, setting("template"), setting("template_kwargs"), base_dir
         )
         self.few_shot_text, self.few_shot = read_few_shot(setting("few_shot"), base_dir)
-        self.open_tag, self.close_tag = setting("thinking_tags") or ("<think>", "</think>")
+        tags: Sequence[str] = setting("thinking_tags") or ("<think>", "</think>")
+        self.open_tag, self.close_tag = tags
         end_of_turn = self.template.end_of_turn_id if self.template else None
         found = [end_of_turn, tokenizer.eos_token_id, *eos_token_ids]
         ids = [token for token in dict.fromkeys(found) if token is not None]
