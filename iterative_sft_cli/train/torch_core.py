@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from iterative_sft_cli.errors import ConfigError, DataError
-from iterative_sft_cli.train import torch_attention, torch_head, torch_optim, torch_ranks, torch_rows
+from iterative_sft_cli.train import torch_attention, torch_head, torch_noise, torch_optim, torch_ranks, torch_rows
 from iterative_sft_cli.train.base import TrainOutOfMemory
 from iterative_sft_cli.train.objectives import TokenBatch, needs_ref_logprobs, resolve_objective
 from iterative_sft_cli.train.torch_rows import MicroBatch, RowFormat
@@ -184,12 +184,34 @@ class TrainCore:
     def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         want_mean = self.settings.label_smoothing > 0
         plain = bool(self._plain_head)
-        with torch_head.selected(self._head, batch.positions, through=plain), self._layout(batch):
+        alpha = self.settings.neftune_noise_alpha if self.model.training else None
+        with (
+            torch_head.selected(self._head, batch.positions, through=plain),
+            torch_noise.noisy_embeddings(self.bare.get_input_embeddings(), batch, alpha),
+            self._layout(batch),
+        ):
             out = self.model(**batch.inputs, use_cache=False).logits[0]
         if plain:
             head: Any = self._head
             return torch_head.token_logprobs(out, head.weight, head.bias, batch.targets, want_mean)
         return torch_head.logprobs_of_logits(out, batch.targets, want_mean)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, forward passes run in eval mode without gradients on the compute weights; all is put back after."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self.weights.cast(frozen=False)
+                with self.weights.swapped_in():
+                    yield
+        finally:
+            self.model.train(training)
+
+    def label_logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Log-probability of each label, (N,) fp32, and the labels, inside `evaluating`."""
+        return self._logprobs(batch)[0], batch.targets
 
     @contextmanager
     def _layout(self, batch: MicroBatch) -> Iterator[None]:
@@ -254,11 +276,11 @@ class TrainCore:
         return micro_batch_tokens(self.config, self.device, self.settings.gradient_checkpointing)
 
     def step(
-        self, rows: Sequence[TrainRow], *, learning_rate: float, seed: int, micro_batch_tokens: int | None = None
+        self, rows: Sequence[TrainRow], *, learning_rate: float | None, seed: int, micro_batch_tokens: int | None = None
     ) -> StepResult:
         """One optimizer step over this rank's `rows` (may be empty on some ranks, not on all).
 
-        Raises TrainOutOfMemory, DataError or NonFiniteLoss with everything untouched.
+        `learning_rate` None leaves each parameter group's own rate. Raises TrainOutOfMemory, DataError or NonFiniteLoss with everything untouched.
         """
         self.check_rows(rows)
         with self._out_of_memory():
@@ -266,7 +288,7 @@ class TrainCore:
         return self.step_batches(batches, len(rows), learning_rate=learning_rate, seed=seed)
 
     def step_batches(
-        self, batches: Sequence[MicroBatch], num_samples: int, *, learning_rate: float, seed: int
+        self, batches: Sequence[MicroBatch], num_samples: int, *, learning_rate: float | None, seed: int
     ) -> StepResult:
         """The same over micro-batches that were made elsewhere (a caller's own collator)."""
         counts = [sum(int(b.targets.numel()) for b in batches), sum(b.num_tokens for b in batches), num_samples]
@@ -297,9 +319,14 @@ class TrainCore:
         grads = torch_ranks.sum_gradients(grads, self.weights.masters)
         mean_loss = float(torch_ranks.sum_tensor(loss)) / trained
         norm = self._norm(grads)
+        assert self.optimizer is not None
+        if learning_rate is None:
+            learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        else:
+            torch_optim.set_learning_rate(self.optimizer, learning_rate)
         finite = math.isfinite(mean_loss) and math.isfinite(norm)
         if finite:
-            self._apply(grads, norm, learning_rate)
+            self._apply(grads, norm)
         elif self.settings.on_nonfinite == "stop":
             raise NonFiniteLoss(f"loss {mean_loss}, gradient norm {norm}: not finite", where="train")
         return StepResult(mean_loss, tokens, trained, samples, learning_rate, norm, int(not finite), number)
@@ -312,11 +339,10 @@ class TrainCore:
         return float(torch.linalg.vector_norm(torch.stack([norm.to(self.device) for norm in norms])))
 
     @torch.no_grad()
-    def _apply(self, grads: list[Tensor | None], norm: float, learning_rate: float) -> None:
+    def _apply(self, grads: list[Tensor | None], norm: float) -> None:
         limit = self.settings.max_grad_norm
         scale = limit / (norm + 1e-6) if limit and norm > limit else 1.0
         assert self.optimizer is not None
-        torch_optim.set_learning_rate(self.optimizer, learning_rate)
         for number, master in enumerate(self.weights.masters):
             grad, grads[number] = grads[number], None
             if grad is not None:

@@ -16,26 +16,11 @@ from safetensors.torch import load_file, save_file
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.train import torch_optim, torch_ranks, torch_state
 from iterative_sft_cli.train.torch_core import TrainCore
-from iterative_sft_cli.train.torch_rows import row_cost
+from iterative_sft_cli.train.torch_rows import share
 from iterative_sft_cli.train.torch_settings import Schedule, settings_from_section
 from iterative_sft_cli.types import TrainRow, derive_seed
 
 STATE = "state"
-
-
-def share(rows: Sequence[TrainRow], rank: int, size: int, is_encoder_decoder: bool) -> list[TrainRow]:
-    """This rank's part of a step's rows: each row on one rank, like token counts on all."""
-    if size == 1:
-        return list(rows)
-    costs = [row_cost(row, is_encoder_decoder) for row in rows]
-    filled = [0] * size
-    mine: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda index: (-costs[index], index)):
-        slot = filled.index(min(filled))
-        filled[slot] += costs[index]
-        if slot == rank:
-            mine.append(index)
-    return [rows[index] for index in sorted(mine)]
 
 
 def _check_parallel(parallel: Any) -> None:

@@ -5,8 +5,8 @@ Guarantee: every row is in exactly one micro-batch, whole; position ids are expl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ class RowFormat:
     decoder_start_token_id: int = 0
     device: torch.device = torch.device("cpu")
 
+    def padded(self) -> RowFormat:
+        """The same model's rows in a padded batch."""
+        return replace(self, packed=False)
+
 
 def num_trained(row: TrainRow, is_encoder_decoder: bool) -> int:
     """Labels of a row that are predicted; a causal model cannot predict the first token."""
@@ -58,6 +62,21 @@ def num_trained(row: TrainRow, is_encoder_decoder: bool) -> int:
 def row_cost(row: TrainRow, is_encoder_decoder: bool) -> int:
     """Tokens a row puts through the model."""
     return len(row.input_ids) + (len(row.labels) if is_encoder_decoder else 0)
+
+
+def share(rows: Sequence[TrainRow], rank: int, size: int, is_encoder_decoder: bool) -> list[TrainRow]:
+    """This rank's part of a step's rows: each row on one rank, like token counts on all."""
+    if size == 1:
+        return list(rows)
+    costs = [row_cost(row, is_encoder_decoder) for row in rows]
+    filled = [0] * size
+    mine: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: (-costs[index], index)):
+        slot = filled.index(min(filled))
+        filled[slot] += costs[index]
+        if slot == rank:
+            mine.append(index)
+    return [rows[index] for index in sorted(mine)]
 
 
 def plan(rows: Sequence[TrainRow], budget: int, *, packed: bool, is_encoder_decoder: bool = False) -> list[list[int]]:
@@ -150,4 +169,43 @@ def build(rows: Sequence[TrainRow], indices: Sequence[int], form: RowFormat) -> 
         lengths=tuple(lengths),
         packed=form.packed,
         num_tokens=sum(row_cost(row, form.is_encoder_decoder) for row in chosen),
+    )
+
+
+def from_collated(
+    batch: dict[str, Any], form: RowFormat, shifted_right: Callable[[Tensor], Tensor] | None
+) -> MicroBatch:
+    """A micro-batch from a caller's own collator; every key but `labels` goes to the model as it is.
+
+    Missing position ids are counted from the attention mask, so that left padding changes nothing. `shifted_right` makes
+    decoder inputs from labels where the collator made none. Raises ValueError without `labels` or of the wrong shape.
+    """
+    inputs = {key: value.to(form.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    labels = inputs.pop("labels", None)
+    ids = inputs.get("input_ids")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or not isinstance(ids, Tensor):
+        raise ValueError("data_collator must return input_ids and labels, two-dimensional tensors")
+    mask = inputs.get("attention_mask")
+    if not form.is_encoder_decoder and form.position_ids and "position_ids" not in inputs:
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
+        else:
+            inputs["position_ids"] = torch.arange(ids.shape[1], device=form.device).expand(ids.shape[0], -1)
+    if form.is_encoder_decoder and "decoder_input_ids" not in inputs and shifted_right is not None:
+        inputs["decoder_input_ids"] = shifted_right(labels)
+    shift = 0 if form.is_encoder_decoder else 1
+    trained = labels[:, shift:] != IGNORE
+    row, place = trained.nonzero(as_tuple=True)
+    real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(ids)
+    lengths = tuple(int(count) for count in real.sum(-1))
+    return MicroBatch(
+        inputs=inputs,
+        positions=row * labels.shape[1] + place,
+        targets=labels[:, shift:][trained],
+        row=row,
+        weights=torch.ones(labels.shape[0], device=form.device),
+        ref_logprobs=None,
+        lengths=lengths,
+        packed=False,
+        num_tokens=sum(lengths) + (int((labels != IGNORE).sum()) if form.is_encoder_decoder else 0),
     )
