@@ -72,8 +72,6 @@ class TokenizerEncoder:
     `section` is the config's `prompts` (or `eval`): its `system`, `few_shot`, `template`, `template_kwargs` and
     `thinking_tags` are applied to every prompt, None being replaced by what `inherit` says (the `prompts` of an `eval`);
     files are relative to `base_dir`. A prompt string is one user message where there is a template, raw text otherwise.
-    With a `LoadedModel` in `loaded`, its EOS ids and context are known, and (without `inherit`) what it saves tells the
-    same story: it stops at the encoder's EOS ids and carries the template of the config.
     """
 
     def __init__(
@@ -83,7 +81,6 @@ class TokenizerEncoder:
         base_dir: Path = Path("."),
         *,
         inherit: Any = None,
-        loaded: Any = None,
         eos_token_ids: Sequence[int] = (),
         context_length: int | None = None,
         is_encoder_decoder: bool = False,
@@ -94,9 +91,6 @@ class TokenizerEncoder:
             value = getattr(section, name, None)
             return getattr(inherit, name, None) if value is None else value
 
-        if loaded is not None:
-            eos_token_ids, context_length = loaded.eos_token_ids, loaded.context_length
-            is_encoder_decoder = loaded.is_encoder_decoder
         self.tokenizer = tokenizer
         self.is_encoder_decoder = is_encoder_decoder
         self.system: str | None = setting("system")
@@ -126,10 +120,30 @@ class TokenizerEncoder:
         }
         self._hidden |= set(self.eos_token_ids)
         self.fingerprint: str = self._fingerprint()
-        if loaded is not None and inherit is None:
-            loaded.eos_token_ids = self.eos_token_ids
-            if self.template is not None and setting("template") is not None:
-                tokenizer.chat_template = self.template.text
+
+    @classmethod
+    def of(
+        cls, loaded: Any, section: Any = None, base_dir: Path = Path("."), *, inherit: Any = None
+    ) -> TokenizerEncoder:
+        """The encoder of a `LoadedModel`, whose EOS ids and context it knows.
+
+        Without `inherit` the model takes over what is trained: it is saved as stopping at the encoder's EOS ids, and with
+        the template that the config names.
+        """
+        encoder = cls(
+            loaded.tokenizer,
+            section,
+            base_dir,
+            inherit=inherit,
+            eos_token_ids=loaded.eos_token_ids,
+            context_length=loaded.context_length,
+            is_encoder_decoder=loaded.is_encoder_decoder,
+        )
+        if inherit is None:
+            loaded.eos_token_ids = encoder.eos_token_ids
+            if encoder.template is not None:
+                loaded.tokenizer.chat_template = encoder.template.text
+        return encoder
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ def load_model(section: Any, *, seed: int = 0, base_dir: Path = Path(".")) -> Lo
         base_hash=base_hash,
         eos_token_ids=_eos_ids(plain, tokenizer),
         context_length=_context_length(plain.config, tokenizer),
-        is_encoder_decoder=bool(plain.config.is_encoder_decoder),
+        is_encoder_decoder=bool(getattr(plain.config, "is_encoder_decoder", False)),
         source=section,
         files=files,
         seed=seed,
@@ -253,7 +253,7 @@ def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     found: set[int] = set()
     for value in (
         getattr(model.generation_config, "eos_token_id", None),
-        model.config.eos_token_id,
+        getattr(model.config, "eos_token_id", None),
         tokenizer.eos_token_id,
     ):
         found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])

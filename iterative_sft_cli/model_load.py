@@ -96,7 +96,7 @@ def load_folder(files: ModelSource, section: Any, dtype: torch.dtype, device: to
 def _auto_class(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def load_gguf(path: Path, section: Any) -> Any:
@@ -205,7 +205,7 @@ def add_adapter(model: Any, section: Any, files: ModelSource) -> Any:
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=target if isinstance(target, str) else list(target),
-        task_type=TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM,
+        task_type=TaskType.SEQ_2_SEQ_LM if getattr(model.config, "is_encoder_decoder", False) else TaskType.CAUSAL_LM,
         base_model_name_or_path=str(files.folder) if files.revision is None else files.name,
         revision=files.revision,
     )

@@ -42,7 +42,7 @@ def load_prompts(section: Any, *, base_dir: Path, inherit: Any = None) -> Prompt
     key = "prompts" if inherit is None else "eval"
     if inherit is not None:
         check_gym_overlap(inherit.reasoning_gym, section.reasoning_gym)
-    rows, source = _read(section, base_dir, key)
+    rows, source = read_source(section, base_dir, key)
     prompts = _to_prompts(rows, _Columns(section, inherit, rows, key))
     digest = hashlib.sha256()
     for prompt in prompts:
@@ -63,15 +63,16 @@ def content_key(prompt: Prompt) -> str:
     return hashlib.sha256("\x1e".join(parts).encode("utf-8", "replace")).hexdigest()
 
 
-def _read(section: Any, base_dir: Path, key: str) -> tuple[list[Located], str]:
+def read_source(section: Any, base_dir: Path, key: str) -> tuple[list[Located], str]:
+    """The located rows of a section's one source, and its name. Raises DataError, ConfigError when there is no source."""
     limit = section.limit
     if section.path is not None:
         return located_rows(section.path, base_dir=base_dir, limit=limit), str(section.path)
     if section.dataset is not None:
         return from_dataset(section.dataset, base_dir, limit, key)
-    if section.reasoning_gym is not None:
+    if getattr(section, "reasoning_gym", None) is not None:
         return from_gym(section.reasoning_gym, limit, key)
-    if section.use is not None:
+    if getattr(section, "use", None) is not None:
         return from_factory(section.use, section.args, base_dir, limit, key)
     raise ConfigError("no source of prompts", where=key, expected="path, dataset, reasoning_gym or use")
 

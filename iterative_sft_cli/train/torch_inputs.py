@@ -189,7 +189,7 @@ class InputReader:
         if target is None:
             row = self._encoder.conversation_row(f"texts[{index}]", messages)
         else:
-            row = self._encoder.conversation_row(f"texts[{index}]", prompt=messages, completion=target)
+            row = self._encoder.conversation_row(f"texts[{index}]", (messages, target))
         return list(row.input_ids), list(row.labels)
 
     # --- both -------------------------------------------------------------------------------------------------------------
