@@ -141,7 +141,7 @@ class TokenizerEncoder:
         )
         if inherit is None:
             loaded.eos_token_ids = encoder.eos_token_ids
-            if encoder.template is not None:
+            if encoder.template is not None and getattr(section, "template", None) is not None:
                 loaded.tokenizer.chat_template = encoder.template.text
         return encoder
 
