@@ -1,9 +1,16 @@
-"""Reading, checking and comparing configs. Nothing here imports torch, and a whole config is checked in well under a second."""
+"""Reading, checking and comparing configs.
+
+Nothing here imports torch, runs what a config names, or writes a file; a config with any number of mistakes is answered well within a
+second, all mistakes at once.
+"""
 
 from __future__ import annotations
 
+from iterative_sft_cli.config.drift import Drift, class_of, diff_configs
 from iterative_sft_cli.config.expression import Expression, ExpressionError, MissingScore
-from iterative_sft_cli.config.load import LoadedConfig, load_config
+from iterative_sft_cli.config.load import LoadedConfig, load_config, parse_config
+from iterative_sft_cli.config.output import json_schema, resolved_yaml
+from iterative_sft_cli.config.problems import InvalidConfig, Problem
 from iterative_sft_cli.config.schedule import Schedule
 from iterative_sft_cli.config.schema import (
     AdapterConfig,
@@ -41,12 +48,14 @@ __all__ = [
     "ColumnSpec",
     "Config",
     "DatasetSource",
+    "Drift",
     "EvalConfig",
     "Expression",
     "ExpressionError",
     "FilterEntry",
     "GenerateConfig",
     "GuardsConfig",
+    "InvalidConfig",
     "LmEvalConfig",
     "LoadedConfig",
     "MissingScore",
@@ -55,6 +64,7 @@ __all__ = [
     "OpenAIConfig",
     "ParallelConfig",
     "PassConfig",
+    "Problem",
     "PromptsConfig",
     "RationalizeConfig",
     "ReasoningGymSource",
@@ -68,5 +78,10 @@ __all__ = [
     "VllmConfig",
     "WarmupConfig",
     "WindowConfig",
+    "class_of",
+    "diff_configs",
+    "json_schema",
     "load_config",
+    "parse_config",
+    "resolved_yaml",
 ]

@@ -114,7 +114,9 @@ class _Parser:
             match = _TOKEN.match(text, position)
             if match is None:
                 rest = text[position:].lstrip()
-                raise ExpressionError(f"{rest[0]!r} at character {len(text) - len(rest) + 1} has no meaning in an expression")
+                raise ExpressionError(
+                    f"{rest[0]!r} at character {len(text) - len(rest) + 1} has no meaning in an expression"
+                )
             kind = str(match.lastgroup)
             word = match[kind]
             self.tokens.append(("sign" if word in _WORDS else kind, word, match.start(kind) + 1))

@@ -38,7 +38,7 @@ def _none_word(value: Any) -> Any:
     return None if value == "none" else value
 
 
-def _one_text(value: Any) -> Any:
+def one_text(value: Any) -> Any:
     """A single text is a list of one; `none` and null are no entries."""
     if value is None or value == "none":
         return []
@@ -49,6 +49,15 @@ def _reference(value: Any) -> Any:
     """`pkg.mod:attr` or `path/file.py:attr`."""
     if isinstance(value, str) and not re.fullmatch(r"[^:\s]+(?:/[^:]*)?:[A-Za-z_][\w.]*", value):
         raise finding(f"{show(value)} does not name an attribute", expected="pkg.mod:attr or path/file.py:attr")
+    return value
+
+
+def _variable_name(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        raise finding(
+            "this is not the name of an environment variable",
+            expected="a name such as OPENAI_API_KEY, without its value",
+        )
     return value
 
 
@@ -78,9 +87,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 Text = Annotated[str, StringConstraints(min_length=1)]
 """Text with at least one character."""
-Texts = Annotated[list[Text], BeforeValidator(_one_text)]
+Texts = Annotated[list[Text], BeforeValidator(one_text)]
 """A list of texts; a single text is a list of one."""
 Reference = Annotated[Text, BeforeValidator(_reference)]
 """`pkg.mod:attr` or `path/file.py:attr`."""
+VariableName = Annotated[Text, BeforeValidator(_variable_name)]
+"""The name of an environment variable."""
 NoneWord = BeforeValidator(_none_word)
 """Reads the word `none` as null."""

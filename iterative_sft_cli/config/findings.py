@@ -56,12 +56,20 @@ def one_of(words: Iterable[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} or {items[-1]}"
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known word that was probably meant."""
-    pool = list(known)
-    folded = {item.casefold(): item for item in reversed(pool)}
-    close = difflib.get_close_matches(word.casefold(), list(folded), n=1, cutoff=0.6)
+    folded = {item.casefold(): item for item in reversed(list(known))}
+    close = difflib.get_close_matches(word.casefold(), list(folded), n=1, cutoff=cutoff)
     return folded[close[0]] if close else None
+
+
+def what_is(value: Any) -> str:
+    """A value and its kind: `"hot" is text`, `1.5 is a fraction`, `a list`."""
+    if value is None or isinstance(value, dict | list | tuple):
+        return show(value)
+    kinds = ((bool, "true or false"), (int, "an integer"), (float, "a fraction"), (str, "text"))
+    kind = next((word for kind, word in kinds if isinstance(value, kind)), None)
+    return f"{show(value)} is {kind}" if kind and not isinstance(value, bool) else show(value)
 
 
 _BOOLEAN_WORDS = {
@@ -90,7 +98,7 @@ def explain(error: ErrorDetails) -> tuple[str, str | None, str | None, tuple[Ste
         words = [word.strip().strip("'\"") for word in context["expected"].replace(" or ", ", ").split(", ")]
         others = " or a number" if "<word>" in error["loc"] else ""
         return (
-            f"{got} is not one of them" if len(words) > 1 else f"{got} is not allowed here",
+            f"{got} is not known here",
             one_of(words) + others,
             nearest(value, words) if isinstance(value, str) else None,
             (),
@@ -98,11 +106,11 @@ def explain(error: ErrorDetails) -> tuple[str, str | None, str | None, tuple[Ste
         )
     if kind in ("bool_type", "bool_parsing"):
         meant = _BOOLEAN_WORDS.get(value.casefold()) if isinstance(value, str) else None
-        return f"{got} is not true or false", "true or false", meant, (), False
+        return what_is(value), "true or false", meant, (), False
     if kind in ("int_type", "int_from_float", "int_parsing"):
-        return f"{got} is not an integer", "an integer", _number_meant(value, whole=True), (), False
+        return what_is(value), "an integer", _number_meant(value, whole=True), (), False
     if kind in ("float_type", "float_parsing"):
-        return f"{got} is not a number", "a number", _number_meant(value, whole=False), (), False
+        return what_is(value), "a number", _number_meant(value, whole=False), (), False
     if kind == "finite_number":
         return f"{got} is not a finite number", "a finite number", None, (), False
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
@@ -116,21 +124,17 @@ def explain(error: ErrorDetails) -> tuple[str, str | None, str | None, tuple[Ste
         return f"{got} is {side}", f"{word} {_plain_number(bound)}", None, (), False
     if kind == "string_type":
         quoted = f'"{value}"' if isinstance(value, int | float) and not isinstance(value, bool) else None
-        return f"{got} is not text", "text", quoted, (), False
+        return what_is(value), "text", quoted, (), False
     if kind == "string_too_short":
         return "the text is empty", "text", None, (), False
     if kind == "string_pattern_mismatch":
         return f"{got} has the wrong form", f"text that matches {context.get('pattern')}", None, (), False
-    if kind in ("list_type", "too_short"):
-        return (
-            f"{got} is not a list" if kind == "list_type" else "the list is empty",
-            "a list with at least one entry" if kind != "list_type" else "a list",
-            None,
-            (),
-            False,
-        )
+    if kind == "list_type":
+        return what_is(value), "a list", None, (), False
+    if kind == "too_short":
+        return "the list is empty", "at least one entry", None, (), False
     if kind in ("dict_type", "model_type", "model_attributes_type"):
-        return f"{got} is not a mapping", "a mapping of keys to values", None, (), False
+        return what_is(value), "a mapping of keys to values", None, (), False
     return error["msg"].removeprefix("Value error, ").removeprefix("Input should be "), None, None, (), False
 
 

@@ -15,7 +15,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from iterative_sft_cli.config.findings import finding, finding_from, show
+from iterative_sft_cli.config.findings import finding, finding_from, what_is
 
 SCHEDULE_KEYS = frozenset({"by_round", "linear", "start", "factor", "add", "max", "min", "span"})
 _HEADS = ("by_round", "linear", "start")
@@ -134,19 +134,17 @@ def parse_schedule(value: Mapping[str, Any], *, integer: bool = False, at: tuple
             )
     span = value.get("span")
     if span is not None and (type(span) is not int or span < 1):
-        raise finding(f"{show(span)} is not a number of rounds", expected="an integer of at least 1", at=(*at, "span"))
+        raise finding(what_is(span), expected="an integer of at least 1", at=(*at, "span"))
     if head == "by_round":
         items = value["by_round"]
         if not isinstance(items, list) or not items:
-            raise finding(
-                f"{show(items)} is not a list of values", expected="one value for each round", at=(*at, "by_round")
-            )
+            raise finding(what_is(items), expected="one value for each round", at=(*at, "by_round"))
         return Schedule("by_round", tuple(items), span=len(items), integer=integer)
     if head == "linear":
         ends = value["linear"]
         if not isinstance(ends, list) or len(ends) != 2:
             raise finding(
-                f"{show(ends)} is not a pair",
+                what_is(ends),
                 expected="[value in round 1, value in the last round]",
                 at=(*at, "linear"),
             )
@@ -166,7 +164,7 @@ def parse_schedule(value: Mapping[str, Any], *, integer: bool = False, at: tuple
 
 def _number(value: Any, at: tuple[str | int, ...]) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise finding(f"{show(value)} is not a finite number", expected="a number", at=at)
+        raise finding(what_is(value), expected="a number", at=at)
     return value
 
 
@@ -218,12 +216,15 @@ def _checked(schedule: Schedule, scalar: Callable[[Any], Any]) -> Schedule:
     ]
     if schedule.kind == "linear":
         ends.append((replace(schedule, span=2).value(2), ("linear", 1)))
+    checked = []
     for value, at in ends:
         try:
-            scalar(value)
+            checked.append(scalar(value))
         except ValidationError as error:
             raise finding_from(error, at=at) from None
-    return schedule
+    if schedule.integer or schedule.max is not None or schedule.min is not None:
+        return schedule
+    return replace(schedule, values=(*checked, *schedule.values[len(checked) :]))
 
 
 def to_plain(value: Any) -> Any:

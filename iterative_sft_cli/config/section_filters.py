@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, field_serializer, model_validator
 
-from iterative_sft_cli.config.fields import Count, Positive, Section, Text, Texts
+from iterative_sft_cli.config.fields import Count, Positive, Section, Text, VariableName, one_text
 from iterative_sft_cli.config.findings import finding, show
 from iterative_sft_cli.config.schedule import Schedule, looks_like_schedule, parse_schedule, to_plain
 
@@ -31,7 +31,7 @@ class FilterEntry(Section):
     """Worker processes; null is one for each CPU core, or one where the filter has a `device`."""
     device: Text | None = None
     """Device of the filter's own model, such as cuda; it runs when the engine has left the GPU. Null for none."""
-    env: Texts = Field(default_factory=list)
+    env: Annotated[list[VariableName], BeforeValidator(one_text)] = Field(default_factory=list)
     """Names of environment variables passed on to it; their values are never stored."""
     memory_gb: Positive | None = None
     """Resident memory of one worker before it is ended; null for no limit."""

@@ -20,6 +20,7 @@ from iterative_sft_cli.config.fields import (
     Share,
     Text,
     Texts,
+    VariableName,
     WordOrNumber,
     WordTag,
 )
@@ -55,7 +56,7 @@ class OpenAIConfig(Section):
     """Address, such as http://localhost:8000/v1."""
     model: Text | None = None
     """Name of the model there."""
-    api_key_env: Text | None = None
+    api_key_env: VariableName | None = None
     """Name of the environment variable that holds the key; null sends none. The key itself never stands in a config."""
     max_concurrency: Count = 16
     """Requests in flight at once."""

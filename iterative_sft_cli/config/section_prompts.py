@@ -16,7 +16,6 @@ from iterative_sft_cli.config.fields import (
     NonNegative,
     NumberTag,
     Positive,
-    Reference,
     ScalarTag,
     Section,
     Share,
@@ -112,8 +111,8 @@ class SourceConfig(Section):
     """A data set on the hub."""
     reasoning_gym: ReasoningGymSource | None = None
     """Tasks made by reasoning-gym, with their verifier."""
-    use: Reference | None = None
-    """`pkg.mod:factory` that returns the rows."""
+    use: Text | None = None
+    """Installed prompt source, pkg.mod:factory or path/file.py:factory that returns the rows."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments for the factory in `use`."""
     limit: Count | None = None

@@ -1,0 +1,60 @@
+"""Keys and values that this version reads but cannot honour yet: using one is refused, never ignored.
+
+Whoever implements one removes its entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from iterative_sft_cli.config.fields import Section
+from iterative_sft_cli.config.findings import Step, show
+from iterative_sft_cli.config.schedule import Schedule, to_plain
+from iterative_sft_cli.config.schema import Config
+
+NOT_YET: dict[str | tuple[str, Any], str] = {
+    "eval.lm_eval": "tasks of lm-evaluation-harness",
+    "generate.until_accepted": "drawing until enough samples are accepted",
+    ("generate.engine", "openai"): "engines over HTTP",
+    ("generate.engine", "vllm"): "engines over HTTP",
+    "generate.openai": "engines over HTTP",
+    "generate.vllm": "engines over HTTP",
+    "guards.rollback_if": "conditions over the statistics",
+    "guards.stop_if": "conditions over the statistics",
+    "rationalize": "a second try with a hint",
+    "samples.compress": "compressed samples",
+    "samples.keep": "dropping stored samples",
+    "tracking": "trackers",
+    "train.parallel": "training over several processes",
+}
+"""A path (any value but the default) or (path, value), and what is missing, in words."""
+
+
+def unavailable(config: Config) -> Iterator[tuple[tuple[Step, ...], str, str]]:
+    """(path, what is used, what is missing) of everything in `config` that is not available yet."""
+    for entry, words in NOT_YET.items():
+        dotted, only = entry if isinstance(entry, tuple) else (entry, None)
+        path = tuple(dotted.split("."))
+        value, default = _value_and_default(config, path)
+        values = value.values if isinstance(value, Schedule) and value.kind == "by_round" else (value,)
+        if only is None and value != default:
+            yield path, "this key", words
+        elif only is not None and any(one == only for one in values):
+            yield path, show(to_plain(only)), words
+
+
+def _value_and_default(config: Config, path: tuple[str, ...]) -> tuple[Any, Any]:
+    section: Any = config
+    for step in path[:-1]:
+        section = getattr(section, step)
+        if section is None:
+            return None, None
+    attribute = next(name for name, field in type(section).model_fields.items() if (field.alias or name) == path[-1])
+    return getattr(section, attribute), default_of(type(section), attribute)
+
+
+def default_of(section: type[Section], attribute: str) -> Any:
+    """The value of a key that is not written; None where it is required."""
+    field = section.model_fields[attribute]
+    return None if field.is_required() else field.get_default(call_default_factory=True)
