@@ -88,7 +88,7 @@ class IterativeSFTConfig(TrainingArguments):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Raises ValueError for values outside their choices."""
-        accelerator: bool = torch.accelerator.is_available()  # type: ignore[no-untyped-call]
+        accelerator: bool = torch.accelerator.is_available()
         if not accelerator:
             self.use_cpu = True
         if self.bf16 is None:
@@ -106,8 +106,8 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def computes_bf16(device: torch.device) -> bool:
     """Whether the device multiplies matrices in bf16 natively."""
     if device.type == "cuda":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     capable = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)

@@ -99,7 +99,7 @@ class Schedule:
         steps = max(0, min(steps, num_steps - 1))
         self.peak = settings.learning_rate
         self.num_steps = num_steps
-        probe = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        probe = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
         try:
             scheduler = get_scheduler(
                 name,
