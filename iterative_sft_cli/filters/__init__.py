@@ -1,12 +1,18 @@
-"""The filters: what decides which samples are trained on, why, and with which score. Imports no torch."""
+"""The filters: what decides which samples are trained on, why, and with which score. Imports no torch.
+
+Names are loaded when they are first used, so that a worker process starts without the main process's libraries.
+"""
 
 from __future__ import annotations
 
-from iterative_sft_cli.filters.chain import AcceptedHistory, FilterChain, Shard
-from iterative_sft_cli.filters.context import Context
-from iterative_sft_cli.filters.resolve import ResolvedFilter, resolve_filters
-from iterative_sft_cli.filters.runners import Runtime
-from iterative_sft_cli.filters.says import FilterSays, FunnelRow, Judged, funnel
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from iterative_sft_cli.filters.chain import AcceptedHistory, FilterChain, Shard
+    from iterative_sft_cli.filters.context import Context
+    from iterative_sft_cli.filters.resolve import ResolvedFilter, resolve_filters
+    from iterative_sft_cli.filters.runners import Runtime
+    from iterative_sft_cli.filters.says import FilterSays, FunnelRow, Judged, funnel
 
 __all__ = [
     "AcceptedHistory",
@@ -21,3 +27,25 @@ __all__ = [
     "funnel",
     "resolve_filters",
 ]
+
+_WHERE = {
+    "AcceptedHistory": "chain",
+    "Context": "context",
+    "FilterChain": "chain",
+    "FilterSays": "says",
+    "FunnelRow": "says",
+    "Judged": "says",
+    "ResolvedFilter": "resolve",
+    "Runtime": "runners",
+    "Shard": "chain",
+    "funnel": "says",
+    "resolve_filters": "resolve",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

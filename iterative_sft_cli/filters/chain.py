@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.filters.contract import Outcome
-from iterative_sft_cli.filters.resolve import ResolvedFilter, unread_scores
+from iterative_sft_cli.filters.resolve import ResolvedFilter, is_read, unread_scores
 from iterative_sft_cli.filters.runners import Runner, Runtime
 from iterative_sft_cli.filters.says import GENERATE, FilterSays, Judged
 from iterative_sft_cli.types import PROMPT_TOO_LONG, STOP, Sample
@@ -145,9 +145,7 @@ class FilterChain:
         unread = unread_scores(self.filters, self._scores_read)
         for name in floats:
             index = next(i for i, one in enumerate(self.filters) if one.name == name)
-            later = self.filters[index + 1 :]
-            read = name in self._scores_read or any(name in one.reads or not one.builtin for one in later)
-            if not read:
+            if name not in self._scores_read and not is_read(name, self.filters[index + 1 :]):
                 unread.append(name)
         if unread:
             name = unread[0]
@@ -206,6 +204,7 @@ class Shard:
                 self._advance(state, streaming=False)
             self._land(block=True)
             if self._failed:
+                self._chain.runtime.cancel()
                 raise min(self._failed, key=lambda pair: order.get(pair[0].sample.sample_id, len(order)))[1]
             waiting = [state for state in states if state.kept and state.position < end]
             if not waiting:
@@ -250,8 +249,8 @@ class Shard:
         self._landed.put((state, done))
 
     def _land(self, *, block: bool) -> None:
-        """Take results of other threads; with `block` until nothing is under way."""
-        while self._flying:
+        """Take results of other threads; with `block` until nothing is under way or one failed."""
+        while self._flying and not (block and self._failed):
             try:
                 state, done = self._landed.get(block=block)
             except queue.Empty:

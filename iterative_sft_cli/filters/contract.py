@@ -314,20 +314,21 @@ def _describe(value: Any) -> str:
     return f"a {name}"
 
 
-def make_callable(target: Callable[..., Any], shape: Shape, arguments: Mapping[str, Any]) -> Callable[..., Any]:
-    """`target` ready to be called as f(first) or f(first, context): a class is built and its `setup()` run, once."""
+def make_callable(
+    target: Callable[..., Any], shape: Shape, arguments: Mapping[str, Any]
+) -> tuple[Callable[[Any, Any], Any], Any]:
+    """(`target` as f(first, context), the instance of a class or None). A class is built and its `setup()` run, once."""
     if shape.is_class:
         instance = target(**arguments)
         setup = getattr(instance, "setup", None)
         if callable(setup):
             setup()
-        bound: Callable[..., Any] = instance
         if shape.takes_context:
-            return lambda first, context: bound(first, context=context)
-        return lambda first, context: bound(first)
+            return lambda first, context: instance(first, context=context), instance
+        return lambda first, context: instance(first), instance
     keywords = dict(arguments)
     if shape.takes_context:
-        return lambda first, context: target(first, context=context, **keywords)
+        return lambda first, context: target(first, context=context, **keywords), None
     if keywords:
-        return lambda first, context: target(first, **keywords)
-    return lambda first, context: target(first)
+        return lambda first, context: target(first, **keywords), None
+    return lambda first, context: target(first), None

@@ -1,107 +1,152 @@
-"""Third-party filters: imported, inspected and their arguments checked before a run starts."""
+"""Third-party filters: a worker imports one, tells its shape and source, and checks its arguments before a run starts."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
-import sys
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from iterative_sft_cli.config.schedule import Schedule
 from iterative_sft_cli.errors import ConfigError, PluginError
-from iterative_sft_cli.filters.contract import ContractBreach, bind_arguments, did_you_mean, inspect_filter, place_bare
-from iterative_sft_cli.filters.resolve import Location, ResolvedFilter, bind_scheduled, long_form
+from iterative_sft_cli.filters.builtin.spec import Role
+from iterative_sft_cli.filters.contract import Shape, place_bare
+from iterative_sft_cli.filters.imports import ImportBroken, NotFound, load_target
+from iterative_sft_cli.filters.link import Died, Link, Watchdog
+from iterative_sft_cli.filters.pool import start_message
+from iterative_sft_cli.filters.resolve import Location, ResolvedFilter, bind_scheduled, long_form, scalars
+from iterative_sft_cli.filters.wire import encode
 
 if TYPE_CHECKING:
     from iterative_sft_cli.config import FilterEntry
 
+def describe_plugin(
+    location: Location,
+    candidates: list[dict[str, Any]],
+    *,
+    env: tuple[str, ...],
+    timeout_s: float,
+    distribution: str | None,
+) -> dict[str, Any]:
+    """What a worker tells of a plug-in: `shape`, `problems` of the first bad candidate, `doc`, `declares`, `source_hash`.
 
-def load_target(location: Location) -> Any:
-    """Import what a location names.
-
-    Raises ConfigError for a missing module or attribute and PluginError for an error inside the import.
+    Raises ConfigError when the module or attribute does not exist or cannot be a filter, PluginError when its import
+    fails, hangs or ends the process.
     """
-    module = _load_module(location)
+    text = _describe(location, json.dumps(candidates, default=str), env, timeout_s, distribution, _stamp(location))
+    reply: dict[str, Any] = json.loads(text)
+    return reply
+
+
+def _stamp(location: Location) -> tuple[int, int]:
+    """What changes when a file is edited, so that an answer is asked for again."""
+    if location.path is None:
+        return (0, 0)
+    status = Path(location.path).stat()
+    return (status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=64)
+def _describe(
+    location: Location,
+    candidates: str,
+    env: tuple[str, ...],
+    timeout_s: float,
+    distribution: str | None,
+    stamp: tuple[int, int],
+) -> str:
+    watchdog = Watchdog()
+    link = Link(watchdog, env=env, threads=1)
     try:
-        return getattr(module, location.attribute)
-    except AttributeError:
-        names = [name for name in vars(module) if not name.startswith("_")]
-        raise ConfigError(
-            f"{location.path or location.module} has no attribute `{location.attribute}`."
-            f"{did_you_mean(location.attribute, names)}"
-        ) from None
+        link.watch(timeout_s, "startup_timeout_s")
+        message = start_message(location, link.scratch)
+        link.write(
+            encode(message | {"describe": True, "candidates": json.loads(candidates), "distribution": distribution})
+        )
+        reply = link.receive()
+        tail = link.take_tail() if "failed" in reply else ""
+    except Died as death:
+        tail = link.take_tail()
+        raise PluginError(f"importing {location} failed: {death}{_output(tail)}") from None
+    finally:
+        link.close()
+        watchdog.close()
+    if "failed" not in reply:
+        return json.dumps(reply)
+    if reply["failed"] == "import":
+        raise PluginError(reply["message"] + _output(tail))
+    if reply["failed"] == "shape":
+        raise ConfigError(f"it cannot be a filter: {reply['message']}")
+    raise ConfigError(reply["message"])
 
 
-def _load_module(location: Location) -> Any:
-    if location.path is not None:
-        path = Path(location.path)
-        name = f"isft_filter_{hashlib.sha256(location.path.encode()).hexdigest()[:12]}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise ConfigError(f"{path} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        # last, so that a helper beside the file is found and a file named like a library hides nothing
-        if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise _inside(location, error) from error
-        return module
-    name = str(location.module)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if name == missing or name.startswith(missing + "."):
-            raise ConfigError(
-                f"there is no module `{missing}`; is its package installed in {sys.prefix}? A file is named path/file.py:attr"
-            ) from None
-        raise _inside(location, error) from error
-    except Exception as error:
-        raise _inside(location, error) from error
+def _output(tail: str) -> str:
+    return f"\nits last output:\n{tail}" if tail else ""
 
 
-def _inside(location: Location, error: Exception) -> PluginError:
-    return PluginError(f"importing {location.path or location.module} failed: {type(error).__name__}: {error}")
-
-
-def resolve_plugin(
-    entry: FilterEntry, location: Location, distribution: str | None, *, base_dir: Path
-) -> ResolvedFilter:
+def resolve_plugin(entry: FilterEntry, location: Location, distribution: str | None) -> ResolvedFilter:
     """The resolved filter of an entry that names third-party code. Raises ConfigError or PluginError."""
-    target = load_target(location)
+    arguments = dict(entry.args)
+    rounds = _rounds(entry)
+    candidates = [
+        {"args": scalars(arguments, r), "bare": entry.bare.value(r) if isinstance(entry.bare, Schedule) else entry.bare}
+        for r in rounds
+    ]
     try:
-        shape = inspect_filter(target)
-    except ContractBreach as error:
-        raise ConfigError(f"it cannot be a filter: {error}") from error
-    given, problems = place_bare(shape, entry.args, entry.bare)
-
-    def bind(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        return bind_arguments(target, shape, values)
-
-    arguments, wrong = bind_scheduled(bind, [p.name for p in shape.parameters if "int" in p.annotation], given)
-    if problems or wrong:
-        raise ConfigError("wrong arguments", problems=problems + wrong)
-    source = Path(str(sys.modules[target.__module__].__file__)).read_bytes()
+        json.dumps([{key: v for key, v in one.items()} for one in candidates], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"its arguments must be numbers, texts, lists and mappings ({error})") from error
+    told = describe_plugin(
+        location, candidates, env=tuple(entry.env), timeout_s=float(entry.startup_timeout_s), distribution=distribution
+    )
+    shape = Shape.from_row(told["shape"])
+    problems = list(told["problems"])
+    if shape.kind == "samples" and entry.on_error == "drop":
+        problems.append("`on_error: drop` would drop the whole round for a `samples` filter, expected fail or retry")
+    if problems:
+        raise ConfigError("wrong arguments", problems=problems)
+    given, _ = place_bare(shape, arguments, entry.bare)
+    integers = [p.name for p in shape.parameters if "int" in p.annotation]
+    bound, _ = bind_scheduled(lambda values: (dict(values), []), integers, given)
+    declares: Mapping[str, Any] = told["declares"]
+    role: Role = "verifier" if shape.kind == "sample" else "selector"
+    if declares["role"] in get_args(Role):
+        role = declares["role"]
     return ResolvedFilter(
         name=entry.name,
         use=entry.use,
         key=entry.key,
         kind=shape.kind,
-        role=getattr(target, "role", "verifier") if shape.kind == "sample" else "selector",
-        arguments=arguments,
+        role=role,
+        arguments=bound,
         shape=shape,
         spec=None,
         location=location,
-        target=target,
-        isolated=not getattr(target, "in_process", False),
-        prefix_stable=bool(getattr(target, "prefix_stable", False)),
+        target=_load_here(location) if declares["in_process"] else None,
+        isolated=not declares["in_process"],
+        prefix_stable=bool(declares["prefix_stable"]),
         reads=frozenset(),
-        source_hash=hashlib.sha256(source).hexdigest(),
+        reads_scores=bool(told["reads_scores"]),
+        source_hash=told["source_hash"],
         distribution=distribution,
+        doc=told["doc"],
         **long_form(entry),
     )
+
+
+def _rounds(entry: FilterEntry) -> list[int]:
+    """The rounds for which scheduled arguments are checked; one without schedules."""
+    values = [*entry.args.values(), entry.bare]
+    spans = [value.span or 1 for value in values if isinstance(value, Schedule)]
+    return list(range(1, min(max(spans, default=1), 1000) + 1))
+
+
+def _load_here(location: Location) -> Any:
+    """Import a plug-in that declares `in_process` into this process."""
+    try:
+        return load_target(location.module, location.path, location.attribute)
+    except NotFound as error:
+        raise ConfigError(str(error)) from error
+    except ImportBroken as error:
+        raise PluginError(str(error)) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,8 @@ class ResolvedFilter:
     env: tuple[str, ...] = ()
     memory_gb: float | None = None
     on_error: str = "fail"
-    paths: tuple[str, ...] = field(default=())
+    reads_scores: bool = False
+    doc: str = ""
 
     @property
     def builtin(self) -> bool:
@@ -162,7 +163,7 @@ def resolve_filters(entries: Sequence[FilterEntry], *, base_dir: Path) -> list[R
 
         for index, entry, location, distribution in plugins:
             try:
-                found[index] = resolve_plugin(entry, location, distribution, base_dir=base_dir)
+                found[index] = resolve_plugin(entry, location, distribution)
             except ConfigError as error:
                 problems += [f"{entry.key}: {entry.use}: {one}" for one in error.problems or [error.what]]
             except IsftError as error:
@@ -338,14 +339,17 @@ def _check_scores(filters: Sequence[ResolvedFilter]) -> list[str]:
 
 
 def unread_scores(filters: Sequence[ResolvedFilter], scores_read: set[str] | frozenset[str]) -> list[str]:
-    """Names of filters that only score although nothing reads the score; plug-ins after one may read it."""
+    """Names of filters that only score although nothing reads the score; a plug-in whose code mentions `scores` reads all."""
     unread: list[str] = []
     for index, one in enumerate(filters):
-        later = filters[index + 1 :]
-        read = one.name in scores_read or any(one.name in other.reads for other in later)
-        if one.scores_only and not read and all(other.builtin for other in later):
+        if one.scores_only and one.name not in scores_read and not is_read(one.name, filters[index + 1 :]):
             unread.append(one.name)
     return unread
+
+
+def is_read(name: str, later: Sequence[ResolvedFilter]) -> bool:
+    """Whether one of the later filters reads the score `name`."""
+    return any(name in other.reads or other.reads_scores for other in later)
 
 
 def describe(one: ResolvedFilter) -> Mapping[str, Any]:

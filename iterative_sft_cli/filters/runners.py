@@ -1,17 +1,29 @@
-"""How a filter is run: in this process, in threads, or in workers; and what outlives a chain (workers, loaded models)."""
+"""How a filter is run: in this process or in workers; and what outlives a chain (workers, loaded models)."""
 
 from __future__ import annotations
 
+import copy
+import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from iterative_sft_cli.errors import IsftError, PluginError
+from iterative_sft_cli.filters.cache import ResultCache
 from iterative_sft_cli.filters.context import Context
 from iterative_sft_cli.filters.contract import ContractBreach, Outcome, make_callable, to_outcome, to_outcomes
+from iterative_sft_cli.filters.imports import explain
+from iterative_sft_cli.filters.link import Watchdog
+from iterative_sft_cli.filters.pool import WorkerPool, outcome_from_row
 from iterative_sft_cli.filters.resolve import ResolvedFilter
+from iterative_sft_cli.filters.wire import encode, frame_around, sample_to_wire, to_json
+from iterative_sft_cli.filters.worker import outcome_to_row
 from iterative_sft_cli.types import Sample, Verdict
+
+History = Iterable[Mapping[str, Any]]
 
 
 class Runner(Protocol):
@@ -34,11 +46,7 @@ class DirectRunner:
     """Calls the filter in this process. What it raises becomes a PluginError with the filter, the prompt and the cause."""
 
     def __init__(
-        self,
-        one: ResolvedFilter,
-        call: Callable[..., Any],
-        make_context: Callable[[str], Context | None],
-        batch: Any = None,
+        self, one: ResolvedFilter, call: Callable[..., Any], make_context: Callable[[str], Context], batch: Any
     ) -> None:
         self._one = one
         self._call = call
@@ -52,10 +60,10 @@ class DirectRunner:
         """One sample, now."""
         context = self._make_context(sample.sample_id) if self._takes_context else None
         try:
-            value = self._call(sample, context)
-            if self._one.builtin and type(value) is Verdict:
-                return Outcome(value)
-            return to_outcome(value)
+            if self._one.builtin:
+                value = self._call(sample, context)
+                return Outcome(value) if type(value) is Verdict else to_outcome(value)
+            return to_outcome(self._call(own_copy(sample), context))
         except Exception as error:
             raise blame(self._one, error, prompt_id=sample.prompt_id, sample_id=sample.sample_id) from error
 
@@ -68,13 +76,103 @@ class DirectRunner:
 
     def judge_many(self, samples: Sequence[Sample]) -> list[Outcome]:
         """A group, or the round."""
-        subject = samples[0].prompt_id if self._one.kind == "group" else "round"
-        context = self._make_context(subject) if self._takes_context else None
+        is_group = self._one.kind == "group"
+        context = self._make_context(samples[0].prompt_id if is_group else "round") if self._takes_context else None
+        count = len(samples)
+        shown = samples if self._one.builtin or not is_group else [own_copy(sample) for sample in samples]
         try:
-            return to_outcomes(self._call(samples, context), len(samples))
+            return to_outcomes(self._call(shown, context), count)
         except Exception as error:
-            prompt_id = samples[0].prompt_id if self._one.kind == "group" else None
-            raise blame(self._one, error, prompt_id=prompt_id) from error
+            raise blame(self._one, error, prompt_id=samples[0].prompt_id if is_group else None) from error
+
+
+def own_copy(sample: Sample) -> Sample:
+    """A copy whose mappings a plug-in may change without changing the run."""
+    return replace(
+        sample,
+        row=copy.deepcopy(dict(sample.row)),
+        prompt=copy.deepcopy(sample.prompt),
+        answer=copy.deepcopy(sample.answer),
+        scores=dict(sample.scores),
+    )
+
+
+class WorkerRunner:
+    """Sends samples to the worker processes of a filter; what a cache holds is not asked again."""
+
+    batched = False
+
+    def __init__(
+        self,
+        one: ResolvedFilter,
+        pool: WorkerPool,
+        head: Mapping[str, Any],
+        cache: ResultCache | None,
+        store_round: Callable[[Sequence[Sample]], Path],
+    ) -> None:
+        self._one = one
+        self._pool = pool
+        self._head = dict(head)
+        self._cache = cache
+        self._store_round = store_round
+        self.waits_for_device = one.needs_device
+
+    def judge(self, sample: Sample) -> Outcome | Future[Outcome]:
+        """One sample: at once from the cache, else later."""
+        raw = to_json(sample_to_wire(sample))
+        subject = f"prompt {sample.prompt_id} (sample {sample.sample_id})"
+        found = self._ask(raw, "sample", sample.sample_id, subject, 1)
+        if isinstance(found, list):
+            return found[0]
+        first: Future[Outcome] = Future()
+        first.set_running_or_notify_cancel()
+        found.add_done_callback(lambda done: _hand_over(done, first))
+        return first
+
+    def judge_batch(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """Not used: workers take samples one by one."""
+        raise NotImplementedError
+
+    def judge_many(self, samples: Sequence[Sample]) -> list[Outcome] | Future[list[Outcome]]:
+        """A group as one call, or the round through a file that the worker reads lazily."""
+        if self._one.kind == "samples":
+            path = self._store_round(samples)
+            frame = encode({"id": 0, "path": str(path), "subject": "round", **self._head})
+            result = self._pool.submit(frame, "the round", len(samples))
+            result.add_done_callback(lambda done: path.unlink(missing_ok=True))
+            return result
+        raw = to_json([sample_to_wire(sample) for sample in samples])
+        prompt_id = samples[0].prompt_id
+        return self._ask(raw, "samples", prompt_id, f"prompt {prompt_id}", len(samples))
+
+    def _ask(
+        self, raw: bytes, field: str, subject: str, named: str, count: int
+    ) -> list[Outcome] | Future[list[Outcome]]:
+        key = ResultCache.key(raw) if self._cache is not None else b""
+        if self._cache is not None and (rows := self._cache.get(key)) is not None:
+            return [outcome_from_row(row) for row in rows]
+        frame = frame_around({"id": 0, "subject": subject, **self._head}, field, raw)
+        result = self._pool.submit(frame, named, count)
+        if self._cache is not None:
+            result.add_done_callback(lambda done: self._remember(key, done))
+        return result
+
+    def _remember(self, key: bytes, done: Future[list[Outcome]]) -> None:
+        assert self._cache is not None
+        if done.cancelled() or done.exception() is not None:
+            return
+        outcomes = done.result()
+        if not any(one.verdict.reason in ("timeout", "plugin_error") for one in outcomes):
+            self._cache.put(key, [outcome_to_row(one) for one in outcomes])
+
+
+def _hand_over(done: Future[list[Outcome]], first: Future[Outcome]) -> None:
+    if done.cancelled():
+        first.set_exception(PluginError("the call was cancelled because the run is ending"))
+    elif (error := done.exception()) is not None:
+        first.set_exception(error)
+    else:
+        first.set_result(done.result()[0])
 
 
 def blame(
@@ -84,23 +182,25 @@ def blame(
     subject = f"prompt {prompt_id}" if prompt_id is not None else "the round"
     if sample_id is not None:
         subject += f" (sample {sample_id})"
+    where = f"{one.key}: {one.use}"
     if isinstance(error, IsftError):
-        return type(error)(
-            error.what, where=error.where or f"{one.key}: {one.use}", expected=error.expected, hint=error.hint
-        )
-    cause = str(error) if isinstance(error, ContractBreach) else f"it raised {type(error).__name__}: {error}"
-    return PluginError(
-        f"the filter `{one.name}` failed on {subject}: {cause}",
-        where=f"{one.key}: {one.use}",
-        hint="`isft filters test` runs one filter over stored samples" if not one.builtin else None,
-    )
+        return type(error)(error.what, where=error.where or where, expected=error.expected, hint=error.hint)
+    cause = str(error) if isinstance(error, ContractBreach) else f"it raised {explain(error)}"
+    hint = "`isft filters test` runs it over stored samples" if not one.builtin else None
+    return PluginError(f"the filter `{one.name}` failed on {subject}: {cause}", where=where, hint=hint)
 
 
 class Runtime:
-    """Workers and loaded models by filter; they serve every chain of a run. Close it at the end."""
+    """Workers, loaded models and caches of a run's filters; they serve every chain. Close it at the end."""
 
     def __init__(self) -> None:
-        self._instances: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._calls: dict[bytes, tuple[ResolvedFilter, Callable[..., Any], Any]] = {}
+        self._pools: dict[bytes, WorkerPool] = {}
+        self._caches: dict[tuple[Path, bytes], ResultCache] = {}
+        self._watchdog = Watchdog()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._num_files = 0
 
     def runner(
         self,
@@ -109,9 +209,20 @@ class Runtime:
         seed: int,
         round_index: int,
         cache_dir: Path | None,
-        accepted_earlier: Iterable[Mapping[str, Any]],
+        accepted_earlier: History,
     ) -> Runner:
         """The runner of a filter for one round."""
+        key = to_json([str(one.location), one.source_hash, one.kind, one.arguments, one.name, one.device, one.env])
+        if one.isolated:
+            head: dict[str, Any] = {"seed": seed, "round_index": round_index, "filter": one.name}
+            cache = None
+            if one.shape.takes_context:
+                # what the context gives is not part of the sample, so nothing is cached
+                head["cache_dir"] = str(cache_dir.resolve()) if cache_dir is not None else None
+                head["history"] = str(self._store_history(accepted_earlier))
+            elif cache_dir is not None:
+                cache = self._cache(cache_dir, key, one)
+            return WorkerRunner(one, self._pool(key, one), head, cache, self._store_round)
 
         def make_context(subject: str) -> Context:
             return Context(
@@ -123,11 +234,94 @@ class Runtime:
                 accepted_earlier=accepted_earlier,
             )
 
-        assert one.target is not None
-        return DirectRunner(one, make_callable(one.target, one.shape, one.arguments), make_context)
+        call, batch = self._call(key, one)
+        return DirectRunner(one, call, make_context, batch)
+
+    def _call(self, key: bytes, one: ResolvedFilter) -> tuple[Callable[..., Any], Any]:
+        """The callable of an in-process filter; a class is built once, and again when its arguments change."""
+        with self._lock:
+            if key not in self._calls:
+                assert one.target is not None
+                try:
+                    call, instance = make_callable(one.target, one.shape, one.arguments)
+                except Exception as error:
+                    cause = f"its set-up raised {explain(error)}"
+                    raise PluginError(
+                        f"the filter `{one.name}` cannot be used: {cause}", where=f"{one.key}: {one.use}"
+                    ) from error
+                self._calls[key] = (one, call, instance)
+            _, call, instance = self._calls[key]
+        batched = one.spec is not None and one.spec.batched
+        return call, instance.judge_batch if batched else None
+
+    def _pool(self, key: bytes, one: ResolvedFilter) -> WorkerPool:
+        with self._lock:
+            if key not in self._pools:
+                # a schedule gave the filter other arguments: its old workers are not needed again
+                for old, pool in list(self._pools.items()):
+                    if pool.one.key == one.key and pool.one.name == one.name:
+                        del self._pools[old]
+                        pool.close()
+                self._pools[key] = WorkerPool(one, self._watchdog)
+            return self._pools[key]
+
+    def _cache(self, folder: Path, key: bytes, one: ResolvedFilter) -> ResultCache:
+        with self._lock:
+            if (folder, key) not in self._caches:
+                self._caches[folder, key] = ResultCache(folder, one)
+            return self._caches[folder, key]
+
+    def _new_file(self) -> Path:
+        with self._lock:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="isft-round-", ignore_cleanup_errors=True)
+            self._num_files += 1
+            return Path(self._folder.name) / f"{self._num_files}"
+
+    def _store_round(self, samples: Sequence[Sample]) -> Path:
+        path = self._new_file()
+        with open(path, "wb") as file:
+            for sample in samples:
+                file.write(encode(sample_to_wire(sample)))
+        return path
+
+    def _store_history(self, accepted_earlier: History) -> Path:
+        path = self._new_file()
+        with open(path, "wb") as file:
+            for record in accepted_earlier:
+                file.write(to_json(record) + b"\n")
+        return path
+
+    def cancel(self) -> None:
+        """Give up all calls to workers: a sample failed and the run is about to stop."""
+        with self._lock:
+            pools = list(self._pools.values())
+        for pool in pools:
+            pool.cancel()
 
     def release_device(self) -> None:
         """Move models off the accelerator and end the workers that hold one."""
+        with self._lock:
+            for key, pool in list(self._pools.items()):
+                if pool.one.needs_device:
+                    del self._pools[key]
+                    pool.close()
+            instances = [(one, instance) for one, _, instance in self._calls.values() if one.needs_device]
+        for _, instance in instances:
+            release = getattr(instance, "release", None)
+            if callable(release):
+                release()
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers, close the caches, remove the temporary files."""
+        with self._lock:
+            pools, self._pools = list(self._pools.values()), {}
+            caches, self._caches = list(self._caches.values()), {}
+            folder, self._folder = self._folder, None
+        for pool in pools:
+            pool.close()
+        for cache in caches:
+            cache.close()
+        self._watchdog.close()
+        if folder is not None:
+            folder.cleanup()

@@ -1,0 +1,154 @@
+"""Starting, watching and ending worker processes: every platform difference of the filters stands here.
+
+A worker leads a session of its own; ending it ends all that it started, also what has left the session (Linux).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+POSIX = os.name == "posix"
+LINUX = sys.platform.startswith("linux")
+MARK = "ISFT_WORKER"
+"""Environment variable with a worker's own number, by which its descendants are found."""
+
+ALLOWED = (
+    *("PATH", "HOME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "TEMP", "TMP", "USER", "LOGNAME"),
+    *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"),
+    *("SYSTEMROOT", "SYSTEMDRIVE", "COMSPEC", "PATHEXT", "USERPROFILE", "APPDATA", "LOCALAPPDATA", "PROGRAMDATA"),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"),
+    *("XDG_CACHE_HOME", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "NO_PROXY", "no_proxy"),
+)
+"""Environment variables that every worker gets; none of them holds a secret. Others are listed in a filter's `env`."""
+
+_PAGE = os.sysconf("SC_PAGE_SIZE") if POSIX else 4096
+
+
+def environment(passed: Sequence[str], *, device: str | None, threads: int | None, mark: str) -> dict[str, str]:
+    """The environment of a worker: the allowed names, those the filter lists, fixed hashing, no GPU unless it has one."""
+    env = {name: os.environ[name] for name in (*ALLOWED, *passed) if name in os.environ}
+    env |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false", MARK: mark}
+    if threads is not None:
+        env |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    if device is None or device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    elif "CUDA_VISIBLE_DEVICES" in os.environ:
+        env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
+    return env
+
+
+def start(env: Mapping[str, str], folder: Path, *, data_bytes: int | None) -> subprocess.Popen[bytes]:
+    """A fresh interpreter running `filters.worker` in `folder`, with pipes on stdin, stdout and stderr."""
+    root = str(Path(__file__).resolve().parents[2])
+    # -P: the folder it starts in is not searched for modules; our own root comes last, so it hides nothing
+    code = (
+        "import sys; sys.path.append(sys.argv[1]); "
+        "from iterative_sft_cli.filters import processes; processes.limit(sys.argv[2]); "
+        "from iterative_sft_cli.filters.worker import main; main()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-P", "-X", "utf8", "-c", code, root, str(data_bytes or "")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(env),
+        cwd=folder,
+        start_new_session=POSIX,
+        bufsize=0,
+    )
+
+
+def limit(data_bytes: str) -> None:
+    """In the worker: no core files, bounded files and memory, and end when the main process ends."""
+    if not POSIX:
+        return
+    import resource
+
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_FSIZE, 16 << 30)
+    if data_bytes:
+        _lower(resource.RLIMIT_DATA, int(data_bytes))
+    if LINUX:
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            # PR_SET_PDEATHSIG; the thread that starts a worker lives as long as the worker
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+
+
+def _lower(what: int, value: int) -> None:
+    import resource
+
+    hard = resource.getrlimit(what)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(what, (value, hard))
+
+
+def end(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Kill a worker, its session, and every process that carries its mark."""
+    if POSIX:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, OSError):
+        process.kill()
+    for pid in marked(mark):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that inherited a worker's mark (Linux; elsewhere none)."""
+    if not LINUX:
+        return []
+    needle = f"{MARK}={mark}\0".encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
+                if needle in file.read() + b"\0":
+                    found.append(int(entry))
+    return found
+
+
+def usage(sessions: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """For each session: (number of processes, resident bytes). Empty where /proc does not exist."""
+    totals: dict[int, tuple[int, int]] = {}
+    if not LINUX:
+        return totals
+    wanted = set(sessions)
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{entry}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+            session = int(fields[3])
+            if session in wanted:
+                count, resident = totals.get(session, (0, 0))
+                totals[session] = (count + 1, resident + int(fields[21]) * _PAGE)
+    return totals
+
+
+def how_it_ended(code: int) -> str:
+    """A process's return code in words."""
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        meaning = {"SIGSEGV": " (a crash in native code)", "SIGABRT": " (a crash in native code)"}.get(name, "")
+        return f"its process was ended by {name}{meaning}"
+    return f"it ended its process with exit code {code}"
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
