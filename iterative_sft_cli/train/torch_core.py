@@ -187,7 +187,7 @@ class TrainCore:
         alpha = self.settings.neftune_noise_alpha if self.model.training else None
         with (
             torch_head.selected(self._head, batch.positions, through=plain),
-            torch_noise.noisy_embeddings(self.bare.get_input_embeddings(), batch, alpha),
+            torch_noise.noisy_embeddings(self.bare, batch, alpha),
             self._layout(batch),
         ):
             out = self.model(**batch.inputs, use_cache=False).logits[0]

@@ -129,7 +129,7 @@ class InputReader:
         pairs = []
         for index, item in enumerate(items):
             target = None if targets is None else targets[index]
-            if target is not None and not isinstance(target, str):
+            if targets is not None and not isinstance(target, str):
                 raise TypeError(f"texts_labels[{index}] must be a string, got {_kind(target)}")
             if isinstance(item, str):
                 pairs.append(self._from_text(index, item, target))

@@ -17,8 +17,11 @@ from iterative_sft_cli.train.torch_rows import MicroBatch
 
 
 @contextmanager
-def noisy_embeddings(embedding: nn.Module, batch: MicroBatch, alpha: float | None) -> Iterator[None]:
-    """Inside, `embedding` adds the noise to what it returns; None adds nothing. An encoder-decoder calls it twice, in that order."""
+def noisy_embeddings(model: Any, batch: MicroBatch, alpha: float | None) -> Iterator[None]:
+    """Inside, the token embeddings of `model` add the noise to what they return; None adds nothing.
+
+    An encoder-decoder embeds twice, the decoder's tokens second, through one module or through two that share a weight.
+    """
     if alpha is None:
         yield
         return
@@ -36,11 +39,14 @@ def noisy_embeddings(embedding: nn.Module, batch: MicroBatch, alpha: float | Non
         noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1) * magnitude[..., None]
         return output + noise.to(output.dtype)
 
-    handle = embedding.register_forward_hook(add)
+    weight = model.get_input_embeddings().weight
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight is weight]
+    handles = [module.register_forward_hook(add) for module in modules]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _lengths(batch: MicroBatch, mask_name: str, ids_name: str) -> Tensor | None:

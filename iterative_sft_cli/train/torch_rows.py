@@ -186,15 +186,19 @@ def from_collated(
     if not isinstance(labels, Tensor) or labels.dim() != 2 or not isinstance(ids, Tensor):
         raise ValueError("data_collator must return input_ids and labels, two-dimensional tensors")
     mask = inputs.get("attention_mask")
-    if not form.is_encoder_decoder and form.position_ids and "position_ids" not in inputs:
+    shift = 0 if form.is_encoder_decoder else 1
+    trained = labels[:, shift:] != IGNORE
+    if shift and isinstance(mask, Tensor) and mask.dim() == 2:
+        trained = trained & mask[:, :-1].bool()  # a row's first token is not predicted from the padding before it
+    elif shift and isinstance(inputs.get("position_ids"), Tensor):
+        trained = trained & (inputs["position_ids"][:, 1:] != 0)  # nor from the row before it
+    if shift and form.position_ids and "position_ids" not in inputs:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
         else:
             inputs["position_ids"] = torch.arange(ids.shape[1], device=form.device).expand(ids.shape[0], -1)
     if form.is_encoder_decoder and "decoder_input_ids" not in inputs and shifted_right is not None:
         inputs["decoder_input_ids"] = shifted_right(labels)
-    shift = 0 if form.is_encoder_decoder else 1
-    trained = labels[:, shift:] != IGNORE
     row, place = trained.nonzero(as_tuple=True)
     real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(ids)
     lengths = tuple(int(count) for count in real.sum(-1))

@@ -110,7 +110,9 @@ def test_bf16_is_the_reference_up_to_its_rounding_and_masters_stay_fp32(kind: st
     for budget in (24, None):
         core = TrainCore(model(kind), StepSettings(), compute_dtype=torch.bfloat16)
         caught = caught_gradients(core)
-        assert core.step(rows, learning_rate=1e-3, seed=0, micro_batch_tokens=budget).loss == pytest.approx(loss, rel=5e-3)
+        assert core.step(rows, learning_rate=1e-3, seed=0, micro_batch_tokens=budget).loss == pytest.approx(
+            loss, rel=5e-3
+        )
         wrong = sum(float((caught[name].float() - grads[name]).square().sum()) for name in grads)
         assert wrong <= 0.05**2 * sum(float(grad.square().sum()) for grad in grads.values())
     core = TrainCore(subject, StepSettings(), compute_dtype=torch.bfloat16)
@@ -183,7 +185,9 @@ def test_neftune_moves_each_row_by_its_own_length() -> None:
         core = TrainCore(model("llama"), StepSettings(neftune_noise_alpha=5.0, layout=layout))
         embedding = core.bare.get_input_embeddings()
         assert core.row_format()
-        handle = core.bare.model.layers[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
+        handle = core.bare.model.layers[0].register_forward_pre_hook(
+            lambda _m, args, seen=seen: seen.append(args[0].detach())
+        )
         batch = torch_rows.build(rows, range(len(rows)), core.row_format())
         core.model.train()
         core.loss_sum(batch)
