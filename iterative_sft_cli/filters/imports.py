@@ -16,7 +16,6 @@ from typing import Any
 
 from iterative_sft_cli.filters.contract import did_you_mean
 
-
 OURS = str(Path(__file__).resolve().parents[1])
 
 

@@ -21,6 +21,7 @@ from iterative_sft_cli.filters.wire import encode
 if TYPE_CHECKING:
     from iterative_sft_cli.config import FilterEntry
 
+
 def describe_plugin(
     location: Location,
     candidates: list[dict[str, Any]],

@@ -202,6 +202,12 @@ class Runtime:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._num_files = 0
 
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def runner(
         self,
         one: ResolvedFilter,

@@ -16,6 +16,10 @@ MAX_REPLY_BYTES = 64 * 1024 * 1024
 """A longer reply breaks the protocol: a verdict is at most 64 KB, a round's verdicts come in parts."""
 
 
+# bound now: a plug-in may replace them in the module
+_dumps, _loads = json.dumps, json.loads
+
+
 class BrokenWire(Exception):
     """The other side sent what is not a frame."""
 
@@ -28,7 +32,7 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 def to_json(value: Any) -> bytes:
     """ASCII JSON, keys in the order given; values that are not JSON become their text."""
-    return json.dumps(value, default=str, separators=(",", ":")).encode("ascii")
+    return _dumps(value, default=str, separators=(",", ":")).encode("ascii")
 
 
 def frame_around(head: Mapping[str, Any], name: str, raw: bytes) -> bytes:
@@ -49,7 +53,7 @@ def read_frame(stream: BinaryIO, limit: int = 1 << 32) -> Any | None:
     if len(body) < size:
         return None
     try:
-        return json.loads(body)
+        return _loads(body)
     except ValueError as error:
         raise BrokenWire(f"a frame holds {body[:40]!r}") from error
 

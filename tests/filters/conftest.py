@@ -13,7 +13,7 @@ from iterative_sft_cli.filters import FilterChain, Judged, resolve_filters
 from iterative_sft_cli.types import Sample
 
 
-def make_sample(
+def new_sample(
     completion: str = "The answer is 4.", answer: Any = "4", *, i: int = 0, prompt: str = "p0", **more: Any
 ) -> Sample:
     fields = {
@@ -39,6 +39,12 @@ def make_entries(*forms: Any) -> list[FilterEntry]:
         entry._key = f"filters[{index}]"
         entries.append(entry)
     return entries
+
+
+@pytest.fixture
+def make_sample() -> Callable[..., Sample]:
+    """make_sample(completion, answer, i=, prompt=, **fields of Sample)."""
+    return new_sample
 
 
 @pytest.fixture
