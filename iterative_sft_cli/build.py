@@ -39,7 +39,9 @@ def build_stages(
         view.note(f"loading {config.model.path or 'a fresh model'}")
         model = load_model(config.model, seed=config.seed, base_dir=loaded.base_dir)
         encoder = TokenizerEncoder.of(model, config.prompts, loaded.base_dir)
-        eval_encoder = encoder if config.eval is None else eval_encoder_of(model, encoder, config, loaded.base_dir)
+        eval_encoder = (
+            TokenizerEncoder.of(model, config.eval, loaded.base_dir, inherit=config.prompts) if config.eval else encoder
+        )
         learner = open_learner(config.train, loaded=model, encoder=encoder, config=config)
         engine = open_engine(
             config.generate, loaded=model, encoder=encoder, base_dir=loaded.base_dir, run_dir=run.path, seed=config.seed
@@ -63,16 +65,6 @@ def build_stages(
         warmup_rows=seed_rows(config.warmup, encoder, loaded.base_dir) if config.warmup is not None else (),
         base_folder=base_folder,
     )
-
-
-def eval_encoder_of(model: Any, encoder: Any, config: Any, base_dir: Path) -> Any:
-    """The encoder of eval prompts: that of `prompts`, unless `eval` has a system message, examples or template of its own."""
-    own = {
-        name: value
-        for name in ("system", "few_shot", "template", "template_kwargs")
-        if (value := getattr(config.eval, name)) is not None
-    }
-    return type(encoder).of(model, config.prompts.model_copy(update=own), base_dir) if own else encoder
 
 
 def open_backend(config: Any, base_dir: Path) -> Any:
@@ -99,13 +91,20 @@ def open_backend(config: Any, base_dir: Path) -> Any:
 
 
 def seed_rows(section: Any, encoder: Any, base_dir: Path) -> list[TrainRow]:
-    """The rows of a seed-data section (`mix` or `warmup`), masked to what an assistant wrote. Raises DataError when there is none."""
-    from iterative_sft_cli.prompts import read_seed_rows
+    """The rows of a seed-data section (`mix` or `warmup`), masked to what an assistant wrote.
 
-    rows = [
-        encoder.conversation_row(f"seed-{index}", conversation, weight=1.0)
-        for index, conversation in enumerate(read_seed_rows(section, base_dir=base_dir))
-    ]
+    Raises DataError when there is none, or when a row has not the columns that the section names.
+    """
+    from iterative_sft_cli.prompts import read_source
+
+    rows = []
+    for index, (where, row) in enumerate(read_source(section, base_dir, "seed data")[0]):
+        names = [section.messages] if section.messages else [section.prompt, section.completion]
+        missing = [name for name in names if name not in row]
+        if missing:
+            raise DataError(f"no column `{missing[0]}`", where=where, hint=f"the columns are {', '.join(sorted(row))}")
+        conversation = row[section.messages] if section.messages else (row[section.prompt], row[section.completion])
+        rows.append(encoder.conversation_row(f"seed-{index}", conversation, weight=1.0))
     if not rows:
-        raise DataError(f"{section.path or section.dataset}: no rows", expected="at least one seed example")
+        raise DataError(f"{section.path or section.dataset.id}: no rows", expected="at least one seed example")
     return rows

@@ -19,7 +19,7 @@ from iterative_sft_cli.console import Console, safe_text
 from iterative_sft_cli.errors import EXIT_OK, ConfigError, DataError, IsftError
 from iterative_sft_cli.filters import ResolvedFilter, resolve_filters
 from iterative_sft_cli.guards import best_round
-from iterative_sft_cli.prompts import PromptSet, content_key, load_prompts
+from iterative_sft_cli.prompts import PromptSet, content_key, load_prompts, num_per_round
 from iterative_sft_cli.rounds.weights import ResumePoint, round_key
 from iterative_sft_cli.rundir import RunDir
 from iterative_sft_cli.signals import StopRequests
@@ -181,27 +181,29 @@ def open_run(
     return RunDir.open(path)
 
 
-def check_same(run: RunDir, facts: dict[str, Any], allow_change: Sequence[str]) -> None:
+def check_same(run: RunDir, loaded: LoadedConfig, facts: dict[str, Any], allow_change: Sequence[str]) -> None:
     """Compare data, plug-in sources and base model with what the run began with; raises ConfigError when they differ.
 
-    Writes `environment.json` for a new run.
+    Records the facts of a new run, and a config that changed in ways that may change.
     """
     before = run.environment
-    if not before:
+    if before:
+        for key, what in (
+            ("model", "the base model's files"),
+            ("prompts", "the prompt file"),
+            ("eval", "the eval prompt file"),
+            ("filters", "a filter's source"),
+        ):
+            if before.get(key) != facts.get(key) and key not in allow_change:
+                raise ConfigError(
+                    f"{what} changed since this run began",
+                    where=key,
+                    hint=f"restore it, start another run with --output-dir DIR, or accept the change with --allow-change {key}",
+                )
+    if not before or allow_change:
         run.write_environment(facts)
-        return
-    for key, flag, hint in (
-        ("model", "model", "the base model's files changed"),
-        ("prompts", "prompts", "the prompt file changed"),
-        ("eval", "eval", "the eval prompt file changed"),
-        ("filters", "filters", "a filter's source changed"),
-    ):
-        if before.get(key) != facts.get(key) and flag not in allow_change:
-            raise ConfigError(
-                f"{hint} since this run began",
-                where=key,
-                hint=f"restore it, start another run with --output-dir DIR, or accept the change with --allow-change {flag}",
-            )
+    if run.resolved != loaded.merged:
+        run.write_config(loaded.source, loaded.merged)
 
 
 def describe_environment(loaded: LoadedConfig, hashes: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +251,7 @@ def run_loop(
         "eval": eval_prompts.sha256 if eval_prompts else None,
         "filters": {one.name: one.source_hash for one in filters},
     }
-    check_same(run, describe_environment(loaded, hashes), allow_change)
+    check_same(run, loaded, describe_environment(loaded, hashes), allow_change)
     point = ResumePoint.of(run.checkpoints.newest())
     for row in run.stats.rows():
         view.earlier_round(row)
@@ -261,18 +263,11 @@ def run_loop(
         rounds=config.rounds,
         first_round=point.round_index,
         eval_samples=len(eval_prompts.prompts) * int(per_prompt) if eval_prompts else 0,
-        samples=prompts_per_round(at_first, len(prompts.prompts)) * int(at_first.generate.samples_per_prompt),
+        samples=num_per_round(at_first.prompts.per_round, len(prompts.prompts))
+        * int(at_first.generate.samples_per_prompt),
         smaller=smaller_version(loaded.path),
     )
     run_rounds(stages)
-
-
-def prompts_per_round(config: Any, available: int) -> int:
-    """How many prompts a round takes under `prompts.per_round`."""
-    wanted = config.prompts.per_round
-    if wanted in (None, "all"):
-        return available
-    return min(available, round(wanted * available) if isinstance(wanted, float) and wanted < 1 else int(wanted))
 
 
 def smaller_version(path: Path) -> str | None:

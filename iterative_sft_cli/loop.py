@@ -6,16 +6,18 @@ Every phase leaves sealed files; a phase whose files are there is read, not done
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from iterative_sft_cli.config.expression import parse_expression
+from iterative_sft_cli.config.expression import Expression
 from iterative_sft_cli.filters import FilterChain
 from iterative_sft_cli.guards import best_round, check_budget, check_round
-from iterative_sft_cli.prompts import PromptHistory, select_round
+from iterative_sft_cli.prompts import PromptHistory, needs_history, select_round
 from iterative_sft_cli.rounds.evaluation import evaluate, is_due
 from iterative_sft_cli.rounds.judge import judge_round
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
@@ -51,6 +53,7 @@ def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
     config, run = stages.config.at_round(round_index), stages.run
     start = time.monotonic()
     log = RoundLog(run.ledger, round_index, muted=point.in_training(round_index) or point.past_training(round_index))
+    set_retention(stages, config)
     if not point.past_training(round_index):
         if round_index == 0:
             warm_up(stages, config, point, log)
@@ -71,7 +74,7 @@ def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
                 stages,
                 config,
                 round_index=round_index,
-                weights_hash=live_hash(stages),
+                weights_hash=lambda: live_hash(stages),
                 open_engine=lambda: stages.session.serve(LIVE, None),
                 chain=chain,
                 log=log,
@@ -80,9 +83,16 @@ def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
         log("round", **{key: row[key] for key in row if key.startswith("eval/") or key == "filters/num_accepted"})
         run.stats.append(row)
         stages.view.round_done(row, time.monotonic() - start)
-    best = best_round(run.stats.rows(), config.eval.metric) if config.eval else None
-    run.checkpoints.retain(
-        config.checkpoints.keep, best=round_key(best) if best is not None and config.checkpoints.keep_best else None
+
+
+def set_retention(stages: Stages, config: Any) -> None:
+    """Tell the run directory what to keep after the round's commit: the newest, and the best so far."""
+    best = best_round(stages.run.stats.rows(), config.eval.metric) if config.eval else None
+    keep_best = best is not None and config.checkpoints.keep_best
+    stages.run.checkpoints.retain(
+        config.checkpoints.keep,
+        round_key(best) if keep_best and best is not None else None,
+        needs_state=config.train.start_from == "previous",
     )
 
 
@@ -108,7 +118,7 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
                 config,
                 choose_prompts(stages, config, round_index),
                 round_index=round_index,
-                weights_hash=live_hash(stages) if weights == LIVE else weights,
+                weights_hash=lambda: live_hash(stages) if weights == LIVE else weights,
                 open_engine=lambda: stages.session.serve(weights, folder),
                 chain=chain,
                 log=log,
@@ -176,7 +186,10 @@ def generating_weights(stages: Stages, config: Any) -> tuple[str, Path | None]:
 def live_hash(stages: Stages) -> str:
     """The content hash of the weights that are live: the newest checkpoint's, or the base model's before the first."""
     checkpoint = stages.run.checkpoints.newest()
-    return stages.base_hash if checkpoint is None else str(checkpoint.weights_hash)
+    if checkpoint is None:
+        return stages.base_hash
+    files = {name: entry for name, entry in checkpoint.manifest["files"].items() if name != "state.json"}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def choose_prompts(stages: Stages, config: Any, round_index: int) -> list[Any]:
@@ -189,12 +202,6 @@ def choose_prompts(stages: Stages, config: Any, round_index: int) -> list[Any]:
         )
         shards.seal(round_index, PROMPTS, [prompt_to_row(prompt) for prompt in chosen], {})
     return list(read_prompts(shards, round_index).values())
-
-
-def needs_history(section: Any) -> bool:
-    """Whether choosing prompts looks at earlier rounds."""
-    skip = section.skip
-    return section.order == "hardest_first" or (skip.solved_at_least, skip.solved_at_most) != (None, None)
 
 
 def read_history(stages: Stages, round_index: int) -> Mapping[str, PromptHistory]:
@@ -260,7 +267,7 @@ def scores_read(config: Any) -> set[str]:
     """The scores that training reads."""
     read: set[str] = set()
     if config.train.weight_by is not None:
-        read |= set(parse_expression(config.train.weight_by).names)
+        read |= set(Expression(config.train.weight_by).names)
     for one in config.train.passes or ():
-        read |= set(parse_expression(one.by).names) if one.by else set()
+        read |= set(Expression(one.by).names) if one.by else set()
     return read

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.config import LoadedConfig
-from iterative_sft_cli.experiment import prompts_per_round
-from iterative_sft_cli.prompts import load_prompts
+from iterative_sft_cli.prompts import load_prompts, num_per_round
 from iterative_sft_cli.train.pool import num_steps, pool_rounds
 
 BYTES_PER_SAMPLE_TOKEN = 9
@@ -26,11 +25,11 @@ def describe_plan(loaded: LoadedConfig) -> dict[str, Any]:
     rounds = []
     for round_index in range(1, config.rounds + 1):
         at = config.at_round(round_index)
-        num_prompts = prompts_per_round(at, len(prompts.prompts))
+        num_prompts = num_per_round(at.prompts.per_round, len(prompts.prompts))
         num_samples = num_prompts * int(at.generate.samples_per_prompt)
         pool = pool_rounds(at.train.data, round_index)
         rows = sum(
-            prompts_per_round(config.at_round(r), len(prompts.prompts))
+            num_per_round(config.at_round(r).prompts.per_round, len(prompts.prompts))
             * int(config.at_round(r).generate.samples_per_prompt)
             for r in pool
         )

@@ -132,7 +132,7 @@ def iter_round(shards: Shards, round_index: int) -> Iterator[StoredSample]:
         verdicts = _need(shards, round_index, name.replace(GENERATED, VERDICTS, 1))
         for row, verdict in zip(rows, verdicts, strict=True):
             says = (*verdict["says"], *later.get(row["sample_id"], ()))
-            accepted = bool(says) and all(one["keep"] for one in says) if says else bool(verdict["kept"])
+            accepted = bool(verdict["kept"]) and all(one["keep"] for one in says)
             yield StoredSample(sample_from_row(row, prompts[row["prompt_id"]]), row["seed"], says, accepted)
 
 

@@ -34,7 +34,11 @@ def imports_of(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("iterative_sft_cli"):
             rest = node.module.split(".")[1:]
-            names = [rest[0]] if rest else [a.name for a in node.names if (PACKAGE / f"{a.name}.py").exists() or (PACKAGE / a.name).is_dir()]
+            names = (
+                [rest[0]]
+                if rest
+                else [a.name for a in node.names if (PACKAGE / f"{a.name}.py").exists() or (PACKAGE / a.name).is_dir()]
+            )
             found |= set(names)
     return {"model" if n.startswith("model_") else "encoding" if n.startswith("encoding_") else n for n in found}
 

@@ -117,7 +117,9 @@ class ToyEngine:
         self.heartbeat = lambda num_tokens: None
 
     def begin(self, weights: Path | None) -> None:
-        self.weights = dict(self.learner.weights) if weights is None else json.loads((weights / "model.json").read_text())
+        self.weights = (
+            dict(self.learner.weights) if weights is None else json.loads((weights / "model.json").read_text())
+        )
 
     def plan(self, requests: object, decoding: object) -> dict:
         return {"max_rows": 8}

@@ -28,7 +28,7 @@ def evaluate(
     config: Any,
     *,
     round_index: int,
-    weights_hash: str,
+    weights_hash: Any,
     open_engine: Any,
     chain: FilterChain,
     log: RoundLog,
@@ -72,7 +72,7 @@ def evaluate(
                     | {"correct": one.kept, "answer": vote_of(one), "says": [says.to_row() for says in one.says]}
                     for one in stream.finish(samples)
                 ]
-                stages.run.shards.seal(round_index, name, made, {"weights": weights_hash, "plan": plan})
+                stages.run.shards.seal(round_index, name, made, {"weights": weights_hash(), "plan": plan})
             else:
                 made = found[0]
                 phase.advance(len(made))

@@ -150,12 +150,13 @@ def judge_round(
     prompts: Sequence[Prompt],
     *,
     round_index: int,
-    weights_hash: str,
+    weights_hash: Any,
     open_engine: Any,
     chain: FilterChain,
     log: RoundLog,
 ) -> None:
-    """Leave every sample of the round sealed with its verdicts. `open_engine` is called only when something is to be generated."""
+    """Leave every sample of the round sealed with its verdicts. `open_engine` and `weights_hash` are called only when
+    something is to be generated."""
     run, shards = stages.run, stages.run.shards
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     decoding = config.generate.decoding(eos_token_ids=stages.encoder.eos_token_ids)
@@ -192,7 +193,7 @@ def judge_round(
                 )
                 seeds = seeds_of(shard)
                 rows = [sample_to_row(s, seeds[s.prompt_id, s.sample_index]) for s in samples]
-                shards.seal(round_index, name, rows, {"weights": weights_hash, "plan": plan})
+                shards.seal(round_index, name, rows, {"weights": weights_hash(), "plan": plan})
             else:
                 samples = read_generated(shards, round_index, name, by_id)
                 for sample in samples:

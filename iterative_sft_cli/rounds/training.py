@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from iterative_sft_cli.config.expression import Expression, parse_expression
+from iterative_sft_cli.config.expression import Expression
 from iterative_sft_cli.errors import DataError, GuardStop, Interrupted, OutOfMemoryError, Preempted
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.rounds.weights import round_key
@@ -48,7 +48,7 @@ def weight_of(expression: Expression | None, stored: StoredSample) -> float:
 def gather_rows(stages: Stages, config: Any, round_index: int) -> tuple[list[TrainRow], list[dict[str, float | None]]]:
     """The rows of a round in the order of their rounds and samples, seed data last; and each row's scores."""
     section = config.train
-    expression = parse_expression(section.weight_by) if section.weight_by is not None else None
+    expression = Expression(section.weight_by) if section.weight_by is not None else None
     rows: list[TrainRow] = []
     scores: list[dict[str, float | None]] = []
     for stored in iter_accepted(stages.run.shards, pool_rounds(section.data, round_index)):
@@ -99,7 +99,7 @@ def reaches(scores: Mapping[str, float | None], by: str | None, threshold: float
         return True
     known = {name: float(value) for name, value in scores.items() if value is not None}
     if by is not None:
-        expression = parse_expression(by)
+        expression = Expression(by)
         return expression.names <= known.keys() and expression(known) >= threshold
     return len(known) == 1 and next(iter(known.values())) >= threshold
 
@@ -217,7 +217,7 @@ def save_mid_round(stages: Stages, round_index: int, step: int) -> None:
     stages.run.checkpoints.commit(
         key, lambda folder: stages.learner.save(folder, state=True), {"round": round_index, "step": step}
     )
-    stages.run.checkpoints.drop_partial(round_index, keep=key)
+    stages.run.checkpoints.drop_partial(round_index)
     stages.last_save_s = time.monotonic() - start
     stages.run.telemetry.append({"event": "save", "key": key, "seconds": stages.last_save_s})
 
@@ -241,10 +241,10 @@ def commit_round(stages: Stages, round_index: int, *, with_state: bool) -> None:
     """The round's checkpoint. Without saved state the live weights are read back from it, so that going on and resuming are the same."""
     start = time.monotonic()
     key = round_key(round_index)
-    stages.run.checkpoints.commit(
+    # hashing and syncing go on while the evaluation generates; the next seal waits for them
+    stages.run.checkpoints.commit_async(
         key, lambda folder: stages.learner.save(folder, state=with_state), {"round": round_index, "step": None}
     )
-    stages.run.checkpoints.drop_partial(round_index)
     if not with_state:
         stages.learner.load_weights(stages.run.checkpoints.verified(key).path)
     stages.last_save_s = time.monotonic() - start
