@@ -23,13 +23,13 @@ def check_round(counter: RoundCounter, guards: Any, *, round_index: int) -> bool
         what, hint = explain_empty(counter, round_index)
         raise (DataError if guards.on_empty == "fail" else GuardStop)(what, hint=hint)
     limits = (
-        ("min_accepted", row["filters/num_accepted"], lambda value, limit: value < limit, "at least"),
-        ("min_accept_rate", row["filters/accept_rate"], lambda value, limit: value < limit, "at least"),
-        ("max_truncated_rate", generated["generate/truncated_rate"], lambda value, limit: value > limit, "at most"),
+        ("min_accepted", row["filters/num_accepted"], "at least"),
+        ("min_accept_rate", row["filters/accept_rate"], "at least"),
+        ("max_truncated_rate", generated["generate/truncated_rate"], "at most"),
     )
-    for key, value, broken, word in limits:
+    for key, value, word in limits:
         limit = getattr(guards, key)
-        if limit is not None and broken(value, limit):
+        if limit is not None and (value < limit if word == "at least" else value > limit):
             raise GuardStop(
                 f"round {round_index}: {value:.4g} where guards.{key} asks for {word} {limit:g}",
                 where=f"guards.{key}",

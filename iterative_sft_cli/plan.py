@@ -22,7 +22,7 @@ def describe_plan(loaded: LoadedConfig) -> dict[str, Any]:
     eval_prompts = (
         load_prompts(config.eval, base_dir=loaded.base_dir, inherit=config.prompts).prompts if config.eval else []
     )
-    rounds = []
+    rounds: list[dict[str, Any]] = []
     for round_index in range(1, config.rounds + 1):
         at = config.at_round(round_index)
         num_prompts = num_per_round(at.prompts.per_round, len(prompts.prompts))

@@ -100,7 +100,7 @@ def reaches(scores: Mapping[str, float | None], by: str | None, threshold: float
     known = {name: float(value) for name, value in scores.items() if value is not None}
     if by is not None:
         expression = Expression(by)
-        return expression.names <= known.keys() and expression(known) >= threshold
+        return set(expression.names) <= known.keys() and expression(known) >= threshold
     return len(known) == 1 and next(iter(known.values())) >= threshold
 
 
