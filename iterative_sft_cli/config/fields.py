@@ -77,17 +77,17 @@ WordTag, NumberTag = Tag("<word>"), Tag("<number>")
 ScalarTag, ListTag, MappingTag = Tag("<scalar>"), Tag("<list>"), Tag("<mapping>")
 WordOrNumber, ByShape = Discriminator(word_or_number), Discriminator(shape)
 
-Int = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[Int, Field(ge=1)]
-"""An integer of at least 1."""
-CountFromZero = Annotated[Int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+"""An integer of at least 1; 1e3 is one."""
+CountFromZero = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+"""An integer of at least 0."""
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 Text = Annotated[str, StringConstraints(min_length=1)]
 """Text with at least one character."""
-Texts = Annotated[list[Text], BeforeValidator(one_text)]
+Texts = Annotated[list[Text], BeforeValidator(one_text, json_schema_input_type=str | list[str] | None)]
 """A list of texts; a single text is a list of one."""
 Reference = Annotated[Text, BeforeValidator(_reference)]
 """`pkg.mod:attr` or `path/file.py:attr`."""

@@ -65,7 +65,7 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 def what_is(value: Any) -> str:
     """A value and its kind: `"hot" is text`, `1.5 is a fraction`, `a list`."""
-    if value is None or isinstance(value, dict | list | tuple):
+    if value is None or isinstance(value, dict | list | tuple) or (isinstance(value, float) and not math.isfinite(value)):
         return show(value)
     kinds = ((bool, "true or false"), (int, "an integer"), (float, "a fraction"), (str, "text"))
     kind = next((word for kind, word in kinds if isinstance(value, kind)), None)
@@ -96,11 +96,11 @@ def explain(error: ErrorDetails) -> tuple[str, str | None, str | None, tuple[Ste
         return "unknown key", None, None, (), True
     if kind in ("literal_error", "enum"):
         words = [word.strip().strip("'\"") for word in context["expected"].replace(" or ", ", ").split(", ")]
-        others = " or a number" if "<word>" in error["loc"] else ""
+        words += ["a number"] if "<word>" in error["loc"] else []
         return (
             f"{got} is not known here",
-            one_of(words) + others,
-            nearest(value, words) if isinstance(value, str) else None,
+            one_of(words),
+            nearest(value, [word for word in words if word != "a number"]) if isinstance(value, str) else None,
             (),
             False,
         )
@@ -135,6 +135,21 @@ def explain(error: ErrorDetails) -> tuple[str, str | None, str | None, tuple[Ste
         return "the list is empty", "at least one entry", None, (), False
     if kind in ("dict_type", "model_type", "model_attributes_type"):
         return what_is(value), "a mapping of keys to values", None, (), False
+    if kind == "union_tag_invalid":
+        tags = {
+            "<scalar>": "a word",
+            "<mapping>": "a mapping",
+            "<list>": "a list",
+            "<word>": "a word",
+            "<number>": "a number",
+        }
+        return (
+            what_is(value),
+            one_of(word for tag, word in tags.items() if tag in context["expected_tags"]),
+            None,
+            (),
+            False,
+        )
     return error["msg"].removeprefix("Value error, ").removeprefix("Input should be "), None, None, (), False
 
 

@@ -27,6 +27,7 @@ from iterative_sft_cli.config.secrets import find_in_text, find_in_tree
 from iterative_sft_cli.config.yaml_loader import Mark, read_yaml
 from iterative_sft_cli.errors import ConfigError
 
+MAX_PROBLEMS = 200
 SECRET_ADVICE = "no secret in a config: name an environment variable instead"
 # Stands in for required keys that are missing or wrong, so that the rest can still be checked.
 _PLACEHOLDERS: dict[tuple[Step, ...], Any] = {
@@ -230,7 +231,9 @@ def _validated(
         except ValidationError as error:
             if tree is data:
                 tree = copy.deepcopy(data)
-            for one in error.errors(include_url=False):
+            details = error.errors(include_url=False)[:MAX_PROBLEMS]
+            # unknown keys first: the missing key that one was meant to be is not missing as well
+            for one in sorted(details, key=lambda one: one["type"] != "extra_forbidden"):
                 path = tuple(step for step in one["loc"] if not (isinstance(step, str) and step.startswith("<")))
                 what, expected, meant, inner, key = explain(one)
                 full = (*path, *inner)

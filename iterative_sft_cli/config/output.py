@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from iterative_sft_cli.config.schema import Config
-from iterative_sft_cli.config.yaml_loader import read_scalar
+from iterative_sft_cli.config.yaml_loader import has_unsafe_characters, read_scalar
 
 
 class _Dumper(yaml.SafeDumper):
@@ -19,10 +19,12 @@ class _Dumper(yaml.SafeDumper):
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     try:
-        plain = isinstance(read_scalar(value), str)
+        style = None if isinstance(read_scalar(value), str) else "'"
     except ValueError:
-        plain = False
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else "'")
+        style = "'"
+    if has_unsafe_characters(value):
+        style = '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
 _Dumper.add_representer(str, _text)
@@ -46,6 +48,9 @@ def json_schema() -> dict[str, Any]:
         "description": definitions["FilterEntry"]["description"],
         "anyOf": [*_FILTERS, definitions["FilterEntry"]],
     }
+    for section, key in (("ModelConfig", "adapter"), (None, "rationalize"), (None, "warmup"), (None, "eval")):
+        holder = definitions[section]["anyOf"][0] if section else schema
+        holder["properties"][key]["anyOf"].append({"const": "none"})
     result = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "isft config", **schema}
     result["definitions"] = definitions
     tidy: dict[str, Any] = _tidy(result)
@@ -53,6 +58,7 @@ def json_schema() -> dict[str, Any]:
 
 
 _SHORT_FORMS = {
+    "AdapterConfig": "type",
     "ModelConfig": "path",
     "ColumnSpec": "column",
     "DatasetSource": "id",

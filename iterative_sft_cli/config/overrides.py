@@ -12,6 +12,7 @@ from iterative_sft_cli.config.yaml_loader import read_scalar, read_yaml
 # A text there stands for a mapping with this one key.
 SHORT_FORMS: dict[tuple[str, ...], str] = {
     ("model",): "path",
+    ("model", "adapter"): "type",
     ("warmup",): "path",
     ("prompts", "answer"): "column",
     ("prompts", "dataset"): "id",
@@ -58,10 +59,10 @@ def apply_override(data: dict[str, Any], text: str, places: Places, named: set[t
         return problem
     if isinstance(value, str) and path in SHORT_FORMS and isinstance(_find(data, path), dict):
         path = (*path, SHORT_FORMS[path])  # type: ignore[index]
-    problem = _put(data, path, value)
-    if problem is not None:
-        return problem
-    places.override(path)
+    changed = _put(data, path, value)
+    if isinstance(changed, Problem):
+        return changed
+    places.override(changed)
     named.add(path)
     for parent, names in ALTERNATIVES:
         if (
@@ -106,8 +107,10 @@ def _find(data: Any, path: tuple[Step, ...]) -> Any:
     return data
 
 
-def _put(data: dict[str, Any], path: tuple[Step, ...], value: Any) -> Problem | None:
+def _put(data: dict[str, Any], path: tuple[Step, ...], value: Any) -> Problem | tuple[Step, ...]:
+    """Write a value; returns the path of what came to be new, or what is wrong."""
     here: Any = data
+    new: tuple[Step, ...] | None = None
     for index, step in enumerate(path):
         last = index == len(path) - 1
         if isinstance(step, int):
@@ -118,7 +121,7 @@ def _put(data: dict[str, Any], path: tuple[Step, ...], value: Any) -> Problem | 
             if last:
                 here[step] = value
             else:
-                here[step] = here = _section(here[step], path[: index + 1], path[index + 1])
+                here, new = _enter(here, step, path, index, new)
         else:
             if not isinstance(here, dict):
                 return Problem(
@@ -127,8 +130,18 @@ def _put(data: dict[str, Any], path: tuple[Step, ...], value: Any) -> Problem | 
             if last:
                 here[step] = value
             else:
-                here[step] = here = _section(here.get(step), path[: index + 1], path[index + 1])
-    return None
+                here, new = _enter(here, step, path, index, new)
+    return new or path
+
+
+def _enter(
+    here: Any, step: Any, path: tuple[Step, ...], index: int, new: tuple[Step, ...] | None
+) -> tuple[Any, tuple[Step, ...] | None]:
+    """The part below `step`, made if need be; and the path from which on everything is new."""
+    before = here[step] if isinstance(here, list) else here.get(step)
+    here[step] = inside = _section(before, path[: index + 1], path[index + 1])
+    kept = before is inside or (isinstance(inside, dict) and before in inside.values())
+    return inside, new if new is not None or kept else path[: index + 1]
 
 
 def _section(value: Any, path: tuple[Step, ...], below: Step) -> Any:

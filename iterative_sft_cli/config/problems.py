@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from iterative_sft_cli.config.findings import Step
@@ -13,6 +14,7 @@ from iterative_sft_cli.config.yaml_loader import Mark, Place
 from iterative_sft_cli.errors import ConfigError
 
 COMMAND_LINE = "command line"
+MAX_SHOWN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ class InvalidConfig(ConfigError):
 
     def __init__(self, problems: Iterable[Problem], *, hint: str | None = None) -> None:
         self.details = sorted(set(problems), key=_order)
-        lines = [problem.render() for problem in self.details]
+        lines = [problem.render() for problem in self.details[:MAX_SHOWN]]
+        if len(self.details) > MAX_SHOWN:
+            lines.append(f"{self.details[0].source}: and {len(self.details) - MAX_SHOWN:,} more problems.")
         super().__init__(lines[0], problems=lines, hint=hint)
 
 
@@ -92,19 +96,25 @@ class Places:
 
     def __init__(self, source: str, places: dict[tuple[Step, ...], Place]) -> None:
         self.source = source
-        self._places: dict[tuple[Step, ...], Place | None] = dict(places)
+        self._places = places
+        self._overridden: set[tuple[Step, ...]] = set()
 
     def copy(self) -> Places:
         """An independent copy."""
-        other = Places(self.source, {})
-        other._places = dict(self._places)
+        other = Places(self.source, dict(self._places))
+        other._overridden = set(self._overridden)
         return other
 
     def override(self, path: tuple[Step, ...]) -> None:
         """From now on `path` and everything below it come from the command line."""
-        for below in [known for known in self._places if known[: len(path)] == path]:
-            del self._places[below]
-        self._places[path] = None
+        self._places = {known: place for known, place in self._places.items() if known[: len(path)] != path}
+        self._overridden.add(path)
+        self.__dict__.pop("_containers", None)
+
+    @cached_property
+    def _containers(self) -> set[tuple[Step, ...]]:
+        """Paths below which the file has something."""
+        return {known[:length] for known in self._places for length in range(len(known))}
 
     def problem(
         self,
@@ -116,23 +126,15 @@ class Places:
         key: bool = False,
     ) -> Problem:
         """A problem at `path`, blamed on the nearest part of it that has a place."""
-        if self._from_command_line(path):
+        inside = path not in self._places and path not in self._containers
+        if inside and any(known[: len(path)] == path for known in self._overridden):
             return Problem(COMMAND_LINE, None, path, what, expected, meant)
         for length in range(len(path), -1, -1):
-            if path[:length] in self._places:
-                place = self._places[path[:length]]
-                if place is None:
-                    return Problem(COMMAND_LINE, None, path, what, expected, meant)
-                by_key = key or (length < len(path) and self._holds_more(path[:length]))
+            part = path[:length]
+            if part in self._overridden:
+                return Problem(COMMAND_LINE, None, path, what, expected, meant)
+            if part in self._places:
+                place = self._places[part]
+                by_key = key or (length < len(path) and part in self._containers)
                 return Problem(self.source, place.key if by_key else place.value, path, what, expected, meant)
-        return Problem(self.source, Mark(1, 1) if self._places else None, path, what, expected, meant)
-
-    def _from_command_line(self, path: tuple[Step, ...]) -> bool:
-        """Whether nothing but overrides gave something below `path`."""
-        below = [
-            place for known, place in self._places.items() if len(known) > len(path) and known[: len(path)] == path
-        ]
-        return path not in self._places and bool(below) and all(place is None for place in below)
-
-    def _holds_more(self, path: tuple[Step, ...]) -> bool:
-        return any(len(known) > len(path) and known[: len(path)] == path for known in self._places)
+        return Problem(self.source, None, path, what, expected, meant)

@@ -315,7 +315,7 @@ def schedules_reach(config: Config, base_dir: Path) -> Iterator[Finding]:
             yield Finding((*path, "by_round"), what, f"at least {config.rounds}; repeat the last one to hold it")
     last = min(config.rounds, 10**6)
     try:
-        Config.model_validate(config.at_round(last).to_tree())
+        Config.model_validate(config.at_round(last).model_dump(by_alias=True))
     except ValidationError as error:
         for one in error.errors(include_url=False):
             loc = tuple(step for step in one["loc"] if not (isinstance(step, str) and step.startswith("<")))

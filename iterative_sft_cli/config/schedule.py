@@ -198,7 +198,7 @@ class OverRounds:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         scalar: dict[str, Any] = handler(schema)
         outside: dict[str, Any] = {key: scalar.pop(key) for key in ("default", "title") if key in scalar}
-        return {**outside, "anyOf": [scalar, {"$ref": "#/$defs/Schedule"}]}
+        return {**outside, "anyOf": [scalar, {"x-ref": "Schedule"}]}
 
 
 def _checked(schedule: Schedule, scalar: Callable[[Any], Any]) -> Schedule:

@@ -31,7 +31,9 @@ class FilterEntry(Section):
     """Worker processes; null is one for each CPU core, or one where the filter has a `device`."""
     device: Text | None = None
     """Device of the filter's own model, such as cuda; it runs when the engine has left the GPU. Null for none."""
-    env: Annotated[list[VariableName], BeforeValidator(one_text)] = Field(default_factory=list)
+    env: Annotated[list[VariableName], BeforeValidator(one_text, json_schema_input_type=str | list[str] | None)] = (
+        Field(default_factory=list)
+    )
     """Names of environment variables passed on to it; their values are never stored."""
     memory_gb: Positive | None = None
     """Resident memory of one worker before it is ended; null for no limit."""

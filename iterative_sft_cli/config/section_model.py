@@ -22,7 +22,7 @@ from iterative_sft_cli.config.findings import finding, show
 
 
 class AdapterConfig(Section):
-    """A small set of weights trained beside frozen ones."""
+    """A small set of weights trained beside frozen ones. A text instead of a mapping is its `type`."""
 
     type: Literal["lora"] = "lora"
     """Kind of adapter."""
@@ -34,6 +34,11 @@ class AdapterConfig(Section):
     """Probability with which the adapter's input is dropped in training."""
     target_modules: Annotated[Annotated[Text, ScalarTag] | Annotated[list[Text], ListTag], ByShape] = "all-linear"
     """Layers that get the adapter: `all-linear`, or names (or a regular expression) in peft's words."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_type(cls, value: Any) -> Any:
+        return {"type": value} if isinstance(value, str) else value
 
 
 def _device(value: Any) -> Any:

@@ -11,7 +11,6 @@ from iterative_sft_cli.config.fields import (
     ByShape,
     Count,
     CountFromZero,
-    Int,
     ListTag,
     NonNegative,
     NumberTag,
@@ -232,5 +231,5 @@ class EvalConfig(SourceConfig):
     """Texts that end a completion."""
     lm_eval: LmEvalConfig | None = None
     """Also run tasks of lm-evaluation-harness after each evaluated round."""
-    bootstrap_samples: Int = Field(default=1000, ge=0)
+    bootstrap_samples: CountFromZero = 1000
     """Resamples for the confidence intervals; 0 reports none."""

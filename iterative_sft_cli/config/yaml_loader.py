@@ -19,6 +19,7 @@ MAX_BYTES = 1_000_000
 MAX_ALIASES = 50
 MAX_DEPTH = 64
 MAX_NODES = 100_000
+MAX_FAULTS = 500
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INTEGER = re.compile(r"[-+]?[0-9]+")
@@ -31,33 +32,48 @@ _SPECIAL = {
     **{sign + word: float(sign + "inf") for sign in ("", "+", "-") for word in (".inf", ".Inf", ".INF")},
     **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
 }
-_UNSAFE = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+_UNSAFE = "[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+# What the parser says, whether its cause is where the surrounding thing began, what that means, and what to write instead.
 _ADVICE = (
     (
-        "cannot start any token",
-        "a character that cannot start a value",
-        "text with such a start in quotes, and spaces for indentation",
-    ),
-    (
         "mapping values are not allowed",
+        False,
         "a colon that does not fit here",
-        "even indentation, and text that contains ': ' in quotes",
+        "even indentation, and text with ': ' in quotes",
     ),
-    ("could not find expected ':'", "a key without a colon", "key: value"),
-    ("did not find expected key", "a line that fits neither the mapping nor the list around it", "even indentation"),
+    ("could not find expected ':'", False, "a key without a colon", "key: value"),
     (
-        "did not find expected '-' indicator",
+        "did not find expected key",
+        False,
+        "a line that fits neither the mapping nor the list around it",
+        "even indentation",
+    ),
+    (
+        "did not find expected '-'",
+        False,
         "a line that is no entry of the list around it",
-        "even indentation, or '- ' in front",
+        "'- ' before it, or even indentation",
     ),
-    ("did not find expected ',' or ']'", "a [list] that is not closed", "a comma or ]"),
-    ("did not find expected ',' or '}'", "a {mapping} that is not closed", "a comma or }"),
-    ("unexpected end of stream", "a quoted text that is not closed", "a closing quote"),
     (
-        "found unknown escape character",
+        "did not find expected ',' or ']'",
+        True,
+        "a [list] that is not closed",
+        "commas between its entries and ] at its end",
+    ),
+    (
+        "did not find expected ',' or '}'",
+        True,
+        "a {mapping} that is not closed",
+        "commas between its entries and } at its end",
+    ),
+    ("unexpected end of stream", True, "a quoted text that is not closed", "a closing quote"),
+    (
+        "unknown escape character",
+        False,
         "an unknown escape in a double-quoted text",
         "\\\\ for a backslash, or single quotes",
     ),
+    ("Unicode character escape", False, "an escape that stands for no character", "another one"),
 )
 
 
@@ -95,6 +111,12 @@ class Document:
     places: dict[tuple[Step, ...], Place] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
 
+    def add(self, fault: Fault) -> None:
+        """Note a fault; reading stops when there are too many."""
+        self.faults.append(fault)
+        if len(self.faults) >= MAX_FAULTS:
+            raise _Stop
+
 
 @dataclass(slots=True)
 class _Node:
@@ -115,7 +137,8 @@ def read_yaml(source: bytes) -> Document:
         text = _decode(source, document)
         node = _Composer(text, document).compose()
         if node is None:
-            document.faults.append(Fault(Mark(1, 1), (), "the file is empty", "a mapping of keys to values"))
+            if not document.faults:
+                document.add(Fault(Mark(1, 1), (), "the file is empty", "a mapping of keys to values"))
         else:
             document.data = _Builder(document).build(node, ())
     except _Stop:
@@ -140,10 +163,15 @@ def read_scalar(text: str) -> Any:
     return float(text) if _FLOAT.fullmatch(text) else text
 
 
+def has_unsafe_characters(text: str) -> bool:
+    """Whether `text` holds control or invisible characters that must be escaped."""
+    return re.search(_UNSAFE, text) is not None
+
+
 def _decode(source: bytes, document: Document) -> str:
     def stop(offset: int, what: str, expected: str) -> _Stop:
         before = source[:offset].decode("utf-8", "replace")
-        document.faults.append(Fault(_mark_at(before), (), what, expected))
+        document.add(Fault(_mark_at(before), (), what, expected))
         return _Stop()
 
     if len(source) > MAX_BYTES:
@@ -154,17 +182,12 @@ def _decode(source: bytes, document: Document) -> str:
         raise stop(
             error.start, f"the byte 0x{source[error.start]:02x} is not UTF-8 text", "a file saved as UTF-8"
         ) from None
-    unsafe = _UNSAFE.search(text)
+    unsafe = re.search(_UNSAFE, text)
     if unsafe:
-        escape = f"\\u{ord(unsafe[0]):04x}" if ord(unsafe[0]) > 0xFF else f"\\x{ord(unsafe[0]):02x}"
-        document.faults.append(
-            Fault(
-                _mark_at(text[: unsafe.start()]),
-                (),
-                f"the invisible character U+{ord(unsafe[0]):04X}",
-                f'"{escape}" in double quotes',
-            )
-        )
+        number = ord(unsafe[0])
+        escape = f'"\\u{number:04x}", in double quotes, if it is wanted' if number else "text without it"
+        mark = _mark_at(text[: unsafe.start()])
+        document.add(Fault(mark, (), f"the invisible character U+{number:04X}", escape))
         raise _Stop
     return text
 
@@ -182,24 +205,36 @@ class _Composer:
         self.events: Iterator[Any] = iter(yaml.parse(text, Loader=_LOADER))
         self.anchors: dict[str, _Node | None] = {}
         self.aliases = 0
+        self.lines = re.split("\r\n|\r|\n", text)
 
     def stop(self, mark: Mark, what: str, expected: str | None = None) -> _Stop:
-        self.document.faults.append(Fault(mark, (), what, expected))
+        self.document.add(Fault(mark, (), what, expected))
         return _Stop()
 
     def next(self) -> Any:
         try:
             return next(self.events)
         except yaml.MarkedYAMLError as error:
-            place = error.problem_mark or error.context_mark
-            mark = _mark(place) if place is not None else Mark(1, 1)
-            problem = str(error.problem or error.context or "not valid YAML")
-            for piece, what, expected in _ADVICE:
-                if piece in problem:
-                    raise self.stop(mark, what, expected) from None
-            raise self.stop(mark, f"not valid YAML ({problem})") from None
+            raise self.syntax(error) from None
         except yaml.YAMLError:
             raise self.stop(Mark(1, 1), "not valid YAML") from None
+
+    def syntax(self, error: yaml.MarkedYAMLError) -> _Stop:
+        """What the parser stumbled over, in words for people."""
+        there = error.problem_mark or error.context_mark
+        problem = str(error.problem or error.context or "no reason given")
+        if there is None:
+            return self.stop(Mark(1, 1), f"not valid YAML ({problem})")
+        if "cannot start any token" in problem:
+            character = (self.lines[there.line : there.line + 1] or [""])[0][there.column : there.column + 1]
+            if character == "\t":
+                return self.stop(_mark(there), "a tab", "spaces for indentation")
+            return self.stop(_mark(there), f"a text that starts with {character}", "it in quotes")
+        for piece, at_start, what, expected in _ADVICE:
+            if piece in problem:
+                place = error.context_mark if at_start and error.context_mark is not None else there
+                return self.stop(_mark(place), what, expected)
+        return self.stop(_mark(there), f"not valid YAML ({problem})")
 
     def compose(self) -> _Node | None:
         self.next()
@@ -222,9 +257,8 @@ class _Composer:
         if isinstance(event, yaml.AliasEvent):
             return self.alias(str(event.anchor), mark)
         if event.tag is not None:
-            self.document.faults.append(
-                Fault(mark, (), f"the tag {show(event.tag)}", "a plain value: tags are never read")
-            )
+            tag = show(event.tag.replace("tag:yaml.org,2002:", "!!")).strip('"')
+            self.document.add(Fault(mark, (), f"the tag {tag}", "a plain value: tags are never read"))
         if event.anchor is not None:
             self.anchors[event.anchor] = None
         node = self.content(event, mark, depth)
@@ -262,14 +296,10 @@ class _Composer:
             try:
                 return read_scalar(event.value)
             except ValueError:
-                self.document.faults.append(
-                    Fault(mark, (), "an integer beyond 64 bits", "a smaller number, or text in quotes")
-                )
+                self.document.add(Fault(mark, (), "an integer beyond 64 bits", "a smaller number, or text in quotes"))
                 return event.value
         if re.search("[\x00\ud800-\udfff]", event.value):
-            self.document.faults.append(
-                Fault(mark, (), "a text with a NUL or half a surrogate pair", "text without it")
-            )
+            self.document.add(Fault(mark, (), "a text with a NUL or half a surrogate pair", "text without it"))
         return event.value
 
 
@@ -281,7 +311,7 @@ class _Builder:
         self.nodes = 0
 
     def fault(self, mark: Mark, path: tuple[Step, ...], what: str, expected: str | None = None) -> None:
-        self.document.faults.append(Fault(mark, path, what, expected))
+        self.document.add(Fault(mark, path, what, expected))
 
     def build(self, node: _Node, path: tuple[Step, ...], key: Mark | None = None) -> Any:
         self.nodes += 1
@@ -302,13 +332,10 @@ class _Builder:
         lines: dict[str, int] = {}
         merged: list[_Node] = []
         for key, value in node.value:
-            if key.kind != "scalar" or not isinstance(key.value, str):
-                self.fault(
-                    key.mark,
-                    path,
-                    f"the key {show(key.value if key.kind == 'scalar' else {})} is not text",
-                    "text, in quotes",
-                )
+            if key.kind != "scalar":
+                self.fault(key.mark, path, f"a {key.kind} as a key", "text")
+            elif not isinstance(key.value, str):
+                self.fault(key.mark, path, f"the key {show(key.value)} is not text", f'"{show(key.value)}" in quotes')
             elif key.value == "<<":
                 merged += value.value if value.kind == "list" else [value]
             elif key.value in result:
