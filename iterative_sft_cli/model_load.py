@@ -43,13 +43,14 @@ def quiet() -> Iterator[None]:
 def load_tokenizer(files: ModelSource, section: Any) -> Any:
     from transformers import AutoTokenizer
 
+    if files.gguf and not files.tokenizer:
+        _need_gguf()
     try:
         if files.tokenizer:
             return AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=section.trust_remote_code)
         assert files.gguf is not None
-        _need_gguf()
         return AutoTokenizer.from_pretrained(files.gguf.parent, gguf_file=files.gguf.name)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # many kinds, down to a bare Exception of tokenizers
         raise DataError(
             f"the tokenizer cannot be loaded: {_first_line(error)}", where=str(files.tokenizer or files.gguf)
         ) from error
@@ -74,7 +75,7 @@ def load_folder(files: ModelSource, section: Any, dtype: torch.dtype, device: to
         model, report = _auto_class(config).from_pretrained(
             files.folder, config=config, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # many kinds, down to a bare Exception of tokenizers
         hint = None
         if "trust_remote_code" in str(error):
             hint = "the model brings its own code: trust_remote_code: true with a pinned revision, if you trust it"
@@ -112,7 +113,7 @@ def load_gguf(path: Path, section: Any) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.bfloat16, attn_implementation=section.attention, **options
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+    except Exception as error:  # many kinds, down to a bare Exception of tokenizers
         raise DataError(f"the model cannot be loaded: {_first_line(error)}", where=str(path)) from error
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         if name in vars(model):
@@ -171,7 +172,7 @@ def make_fresh(init: dict[str, Any], tokenizer: Any, seed: int, section: Any) ->
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "init"))
             return _auto_class(config).from_config(config, attn_implementation=section.attention, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+    except Exception as error:
         raise ConfigError(
             f"no model can be made from these values: {_first_line(error)}", where="model.init"
         ) from error
@@ -216,4 +217,5 @@ def add_adapter(model: Any, section: Any, files: ModelSource) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
