@@ -21,7 +21,7 @@ from iterative_sft_cli.filters import ResolvedFilter, resolve_filters
 from iterative_sft_cli.guards import best_round
 from iterative_sft_cli.prompts import PromptSet, content_key, load_prompts, num_per_round
 from iterative_sft_cli.rounds.weights import ResumePoint, round_key
-from iterative_sft_cli.rundir import RunDir
+from iterative_sft_cli.rundir import RunDir, RunView
 from iterative_sft_cli.signals import StopRequests
 
 RESUME_CHOICES = ("auto", "never", "must")
@@ -177,8 +177,15 @@ def open_run(
     found = RunDir.peek(path)
     if found is None:
         return RunDir.create(path, config_source=loaded.source, resolved=loaded.merged, environment={})
-    check_drift(found.resolved, loaded, allow_change)
+    if not is_untouched(found):
+        check_drift(found.resolved, loaded, allow_change)
     return RunDir.open(path)
+
+
+def is_untouched(run: RunDir | RunView) -> bool:
+    """Whether nothing was generated or trained yet: then nothing is frozen."""
+    found = RunDir.peek(run.path)
+    return found is None or (not found.keys and not found.rounds)
 
 
 def check_same(run: RunDir, loaded: LoadedConfig, facts: dict[str, Any], allow_change: Sequence[str]) -> None:
@@ -186,7 +193,7 @@ def check_same(run: RunDir, loaded: LoadedConfig, facts: dict[str, Any], allow_c
 
     Records the facts of a new run, and a config that changed in ways that may change.
     """
-    before = run.environment
+    before = {} if is_untouched(run) else run.environment
     if before:
         for key, what in (
             ("model", "the base model's files"),
