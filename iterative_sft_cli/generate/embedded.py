@@ -17,17 +17,17 @@ import torch
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.generate.base import EngineOutOfMemory
 from iterative_sft_cli.generate.embedded_fallback import generate_with_model
+from iterative_sft_cli.generate.embedded_lean import LeanDecoder, refusal
 from iterative_sft_cli.generate.embedded_module import ATTENTION, Decoder, ModuleDecoder
 from iterative_sft_cli.generate.embedded_plan import make_plan
-from iterative_sft_cli.generate.embedded_probe import decoder_error
+from iterative_sft_cli.generate.embedded_probe import EXACT, decoder_error, difference, expected, granted
 from iterative_sft_cli.generate.embedded_shard import Shard
 from iterative_sft_cli.generate.embedded_weights import Replica, can_merge
 from iterative_sft_cli.types import Completion, Decoding, Request
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Mean absolute difference in log-probability (nats) that rounding may explain; half-precision types get 0.1."""
+_PROBE_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError)
 
 
 class EmbeddedEngine:
@@ -45,6 +45,8 @@ class EmbeddedEngine:
         self._replica: Replica | None = None
         self._model: Any = None
         self._decoder: Decoder | None = None
+        self._lean: bool | None = None
+        self._told = False
         self._threads = torch.get_num_threads()
 
     def begin(self, weights: Path | None) -> None:
@@ -53,13 +55,15 @@ class EmbeddedEngine:
             live = self.loaded.model
             if self._replica is None or not self._replica.is_of(live):
                 self._replica = None
-                self._replica = Replica(live, self._compute_dtype(), merge=can_merge(live))
+                self._replica = Replica(live, self._compute_dtype(), self._device(), merge=can_merge(live))
             else:
                 self._replica.refresh()
             self._model = self._replica.model
+            at_hand = next(live.parameters()).device == self._device()
+            self._decoder = self._make_decoder(live if at_hand else self._model)
         else:
             self._model = self._load(weights)
-        self._decoder = self._make_decoder()
+            self._decoder = self._make_decoder(self._model)
 
     def end(self) -> None:
         """Free the cache and weights that were loaded from a folder; the replica's storage stays for the next phase."""
@@ -135,6 +139,9 @@ class EmbeddedEngine:
         dtype = self.loaded.compute_dtype
         return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."))
 
+    def _device(self) -> torch.device:
+        return torch.device(self.loaded.device)
+
     def _load(self, folder: Path) -> Any:
         """The model in `folder`, or the live base model with the adapter in `folder`, ready to generate."""
         if (folder / "adapter_config.json").exists():
@@ -143,7 +150,7 @@ class EmbeddedEngine:
 
             twin = copy.deepcopy(self.loaded.model)
             set_peft_model_state_dict(twin, load_file(str(folder / "adapter_model.safetensors")))
-            return Replica(twin, self._compute_dtype(), merge=can_merge(twin)).model
+            return Replica(twin, self._compute_dtype(), self._device(), merge=can_merge(twin)).model
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
         kind = AutoModelForSeq2SeqLM if self.loaded.is_encoder_decoder else AutoModelForCausalLM
@@ -153,32 +160,46 @@ class EmbeddedEngine:
             raise DataError(f"no model could be loaded from {folder}: {error}", where="generate.from") from error
         return model.to(self.loaded.device).eval()
 
-    def _make_decoder(self) -> Decoder | None:
-        """The fastest decoder that reproduces the model, None for `generate`."""
-        model = self._model
+    def _make_decoder(self, reference: Any) -> Decoder | None:
+        """The fastest decoder that reproduces `reference` (the model itself where there is no live one), None for `generate`."""
+        model, dtype = self._model, self._compute_dtype()
+        vocab = int(model.get_input_embeddings().weight.shape[0])
         why = _unsupported(model)
         if why is None:
-            attention = model.config._attn_implementation
-            vocab = int(model.get_input_embeddings().weight.shape[0])
-            try:
-                fast = _with_attention(model, ATTENTION)
-                decoder = ModuleDecoder(fast, self.encoder.pad_token_id)
-                error = decoder_error(_with_attention(model, attention), decoder, vocab)
-                if error <= TOLERANCE.get(self._compute_dtype(), 0.1):
+            want = expected(reference, vocab)
+            other = model if reference is not model else _with_attention(model, "eager")
+            limit = granted(dtype, 0.0 if dtype == torch.float32 else difference(want, expected(other, vocab)))
+            for make in self._candidates(reference):
+                try:
+                    decoder = make(model)
+                    error = decoder_error(want, decoder, vocab)
+                except _PROBE_ERRORS as problem:
+                    why = f"{type(problem).__name__}: {problem}"
+                    continue
+                if error <= limit:
                     return decoder
-                why = f"its logits differ by {error:.3g} nats"
-            except (
-                RuntimeError,
-                TypeError,
-                ValueError,
-                AttributeError,
-                NotImplementedError,
-                IndexError,
-                KeyError,
-            ) as problem:
-                why = f"{type(problem).__name__}: {problem}"
-        log.warning("%s generates through transformers' generate: %s", type(model).__name__, why)
+                why = f"its logits differ by {error:.3g} nats, {limit:.3g} are granted"
+        if not self._told:
+            log.warning("%s generates through transformers' generate: %s", type(model).__name__, why)
+            self._told = True
         return None
+
+    def _candidates(self, reference: Any) -> list[Callable[[Any], Decoder]]:
+        """Decoders to try, the fastest first. One that is not exact in float32 is out, where that can be asked."""
+        makers: list[Callable[[Any], Decoder]] = [
+            lambda model: ModuleDecoder(_with_attention(model, ATTENTION), self.encoder.pad_token_id)
+        ]
+        if self._lean is None and refusal(self._model) is not None:
+            self._lean = False
+        if self._lean is None and refusal(reference) is None and next(reference.parameters()).dtype == torch.float32:
+            vocab = int(reference.get_input_embeddings().weight.shape[0])
+            try:
+                self._lean = decoder_error(expected(reference, vocab), LeanDecoder(reference), vocab) <= EXACT
+            except _PROBE_ERRORS:
+                self._lean = False
+        if self._lean is not False:
+            makers.insert(0, LeanDecoder)
+        return makers
 
 
 def _no_heartbeat(num_tokens: int) -> None:

@@ -107,16 +107,14 @@ class Shard:
             self.decoder.reset()
             self.rows = []
 
-    def _longest(self) -> int:
-        return max((len(row.request.prompt_ids) + len(row.ids) for row in self.rows), default=0)
-
     def _admit(self, waiting: list[tuple[Request, list[int]]]) -> Iterator[Completion]:
         """Prefill what fits, once enough rows are free."""
         free = self.max_rows - len(self.rows)
         if self.rows and free < min(self.admit_rows, self.max_rows):
             return
         batch: list[tuple[list[int], list[Row]]] = []
-        tokens, num_new, longest = 0, 0, self._longest()
+        tokens, num_new = 0, 0
+        held = self.decoder.cache.held() if self.rows else 0
         while self.preempted or waiting:
             if self.preempted:
                 row = self.preempted[-1]
@@ -124,28 +122,25 @@ class Shard:
             else:
                 request, samples = waiting[-1]
                 prompt, num = list(request.prompt_ids), len(samples)
-            widest = max(longest, len(prompt) + 1)
             total = len(self.rows) + num_new + num
             if total > self.max_rows or (batch and tokens + len(prompt) > self.prefill_tokens):
                 break
-            if total * (widest + SLACK) > self.budget and (self.rows or batch):
+            if held + tokens + len(prompt) + (num_new + num) * SLACK > self.budget and (self.rows or batch):
                 break
             if self.preempted:
                 batch.append((prompt, [self.preempted.pop()]))
             else:
                 waiting.pop()
                 batch.append((prompt, [self._row(request, k) for k in samples]))
-            tokens, num_new, longest = tokens + len(prompt), num_new + num, widest
+            tokens, num_new = tokens + len(prompt), num_new + num
         if not batch:
             return
-        state, features = self.decoder.prefill([prompt for prompt, _ in batch])
+        features = self.decoder.admit([prompt for prompt, _ in batch], [len(rows) for _, rows in batch])
         prompt_of_row = [i for i, (_, rows) in enumerate(batch) for _ in rows]
-        new = [row for _, rows in batch for row in rows]
-        self.decoder.admit(state, prompt_of_row)
-        del state
         start = len(self.rows)
-        self.rows.extend(new)
-        fresh = [i for i, row in enumerate(new) if not row.ids]
+        self.rows.extend(row for _, rows in batch for row in rows)
+        # a row that was sent back has its next token already
+        fresh = [i for i in range(len(prompt_of_row)) if not self.rows[start + i].ids]
         self._draw([start + i for i in fresh], features, [prompt_of_row[i] for i in fresh])
         yield from self._retire([start + i for i in fresh])
 
@@ -165,18 +160,19 @@ class Shard:
         yield from self._retire(everyone)
 
     def _make_room(self) -> None:
-        """Send the youngest rows back to the queue while the next step would not fit the budget."""
-        keep = len(self.rows)
-        while keep > 1 and keep * (self._longest() + 1) > self.budget:
-            youngest = min(range(keep), key=lambda i: (len(self.rows[i].ids), -i))
-            self.preempted.append(self.rows[youngest])
-            keep -= 1
-            if youngest != keep:
-                self.rows[youngest] = self.rows[keep]
-                self.decoder.compact([youngest], [keep], keep)
-            else:
-                self.decoder.compact([], [], keep)
-            del self.rows[keep:]
+        """Before a new block of the cache is opened: send the youngest rows back to the queue while it would not fit."""
+        cache = self.decoder.cache
+        columns = cache.next_block()
+        if not columns or cache.held() + columns * cache.padded_rows <= self.budget:
+            return
+        cache.trim()
+        while len(self.rows) > 1 and cache.held() + columns * cache.padded_rows > self.budget:
+            self.preempted.append(self.rows[-1])
+            self._reorder(cache.remove([len(self.rows) - 1]))
+            cache.trim()
+
+    def _reorder(self, old_numbers: Sequence[int]) -> None:
+        self.rows = [self.rows[i] for i in old_numbers]
 
     @torch.inference_mode()
     def _draw(self, rows: Sequence[int], features: torch.Tensor, feature_of_row: Sequence[int]) -> None:
@@ -206,12 +202,6 @@ class Shard:
         if not done:
             return
         finished = [(self.rows[i], reason) for i, reason in done.items()]
-        num_rows = len(self.rows) - len(done)
-        targets = [i for i in done if i < num_rows]
-        sources = [i for i in range(num_rows, len(self.rows)) if i not in done]
-        for to, of in zip(targets, sources, strict=True):
-            self.rows[to] = self.rows[of]
-        del self.rows[num_rows:]
-        self.decoder.compact(targets, sources, num_rows)
+        self._reorder(self.decoder.cache.remove(list(done)))
         for row, reason in finished:
             yield row.completion(reason, self.decoding.keep_logprobs)

@@ -19,10 +19,11 @@ class Replica:
     Without `merge` adapter layers stay layers of their own, cast like the rest.
     """
 
-    def __init__(self, live: nn.Module, dtype: torch.dtype, *, merge: bool = True) -> None:
+    def __init__(self, live: nn.Module, dtype: torch.dtype, device: torch.device, *, merge: bool = True) -> None:
         self.merge = merge
         self.live = live
         self.dtype = dtype
+        self.device = device
         self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         self.merged: list[tuple[Any, nn.Parameter]] = []
         self.sources: list[tuple[int, int]] = []
@@ -49,10 +50,11 @@ class Replica:
         memo: dict[int, Any] = {}
         for parameter in self.live.parameters():
             layer = base_weight.get(id(parameter))
-            if layer is None and (parameter.dtype == self.dtype or not parameter.is_floating_point()):
+            usable = parameter.dtype == self.dtype or not parameter.is_floating_point()
+            if layer is None and usable and parameter.device == self.device:
                 memo[id(parameter)] = parameter
                 continue
-            own = nn.Parameter(torch.empty_like(parameter, dtype=self.dtype), requires_grad=False)
+            own = nn.Parameter(torch.empty_like(parameter, dtype=self.dtype, device=self.device), requires_grad=False)
             memo[id(parameter)] = own
             if layer is None:
                 self.pairs.append((parameter, own))
@@ -66,7 +68,7 @@ class Replica:
             own_weights = {id(p) for p in twin.parameters()}
             self.pairs = [(s, own) for s, own in self.pairs if id(own) in own_weights]
         self.refresh()
-        return twin.eval()
+        return twin.to(self.device).eval()
 
 
 def _identity(model: nn.Module) -> list[tuple[int, int]]:
