@@ -26,6 +26,13 @@ _FROZEN = """
     prompts.reasoning_gym.size prompts.reasoning_gym.seed prompts.reasoning_gym.args prompts.use prompts.args prompts.limit
     prompts.prompt prompts.answer.column prompts.answer.pattern prompts.id prompts.level prompts.system prompts.few_shot
     prompts.template prompts.template_kwargs prompts.per_round prompts.order prompts.skip.solved_at_least prompts.skip.solved_at_most
+    prompts.curriculum.start prompts.curriculum.step prompts.curriculum.width prompts.curriculum.promote_if prompts.advance
+    generate.until_total generate.budget.kind generate.budget.pilot generate.budget.alpha generate.budget.beta
+    generate.search.temperature generate.search.filter generate.search.min generate.search.prompts generate.search.samples_per_prompt
+    generate.search.enough
+    rationalize.share rationalize.few_shot
+    train.mix.weight train.new_share train.max_rows train.evict train.formats[].prompt train.formats[].completion train.formats[].few_shot
+    eval.rank_by
     generate.args generate.samples_per_prompt generate.until_accepted generate.from generate.from[].model generate.from[].share
     generate.temperature generate.top_p generate.top_k generate.min_p generate.repetition_penalty generate.do_sample
     generate.max_new_tokens generate.stop generate.keep_logprobs generate.openai.model generate.openai.extra_body

@@ -15,6 +15,20 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 Step = str | int
+TAGS = frozenset({"<word>", "<number>", "<scalar>", "<list>", "<mapping>"})
+"""Names of a value's forms, which pydantic puts into the location of an error."""
+
+
+def path_of(loc: Sequence[Step], data: Any = None) -> tuple[Step, ...]:
+    """The path of an error's location in `data`: without the names of forms, unless a key is really called so."""
+    path: list[Step] = []
+    for step in loc:
+        inside = isinstance(data, dict) and step in data
+        if step in TAGS and not inside:
+            continue
+        path.append(step)
+        data = data[step] if inside or (isinstance(data, list) and isinstance(step, int) and step < len(data)) else None
+    return tuple(path)
 
 
 def finding(
@@ -65,7 +79,11 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 def what_is(value: Any) -> str:
     """A value and its kind: `"hot" is text`, `1.5 is a fraction`, `a list`."""
-    if value is None or isinstance(value, dict | list | tuple) or (isinstance(value, float) and not math.isfinite(value)):
+    if (
+        value is None
+        or isinstance(value, dict | list | tuple)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
         return show(value)
     kinds = ((bool, "true or false"), (int, "an integer"), (float, "a fraction"), (str, "text"))
     kind = next((word for kind, word in kinds if isinstance(value, kind)), None)

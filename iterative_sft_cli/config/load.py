@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from iterative_sft_cli.config import rules_rounds  # noqa: F401  (registers its rules)
 from iterative_sft_cli.config.advice import warnings as advice
 from iterative_sft_cli.config.availability import unavailable
-from iterative_sft_cli.config.findings import Step, explain, nearest
+from iterative_sft_cli.config.findings import Step, explain, nearest, path_of
 from iterative_sft_cli.config.meant import REQUIRED, key_meant, keys_expected
 from iterative_sft_cli.config.overrides import apply_override
 from iterative_sft_cli.config.problems import COMMAND_LINE, InvalidConfig, Places, Problem, undotted
@@ -234,7 +234,7 @@ def _validated(
             details = error.errors(include_url=False)[:MAX_PROBLEMS]
             # unknown keys first: the missing key that one was meant to be is not missing as well
             for one in sorted(details, key=lambda one: one["type"] != "extra_forbidden"):
-                path = tuple(step for step in one["loc"] if not (isinstance(step, str) and step.startswith("<")))
+                path = path_of(one["loc"], data)
                 what, expected, meant, inner, key = explain(one)
                 full = (*path, *inner)
                 if one["type"] == "missing":

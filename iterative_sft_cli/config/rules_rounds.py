@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from iterative_sft_cli.config.expression import Expression
 from iterative_sft_cli.config.fields import Section
-from iterative_sft_cli.config.findings import Step, explain, nearest, one_of, show
+from iterative_sft_cli.config.findings import Step, explain, nearest, one_of, path_of, show
 from iterative_sft_cli.config.problems import dotted
 from iterative_sft_cli.config.rules import Finding, at, has_answers, in_round, rounds_of, rule, value_in, values_over
 from iterative_sft_cli.config.schedule import Schedule
@@ -260,30 +260,28 @@ def eval_can_judge(config: Config, base_dir: Path) -> Iterator[Finding]:
             )
 
 
-@rule(
-    "eval.samples_per_prompt", "eval.k", "eval.metric", "eval.greedy", "eval.do_sample", "eval.temperature", "generate"
-)
+@rule("eval.samples_per_prompt", "eval.k", "eval.metric", "eval.greedy")
 def eval_draws_enough(config: Config, base_dir: Path) -> Iterator[Finding]:
     """k samples are needed for pass@k."""
     if config.eval is None:
         return
     section = config.eval
-    too_large = [k for k in section.k if k > section.samples_per_prompt]
-    if too_large:
-        what = f"pass@{max(too_large)} cannot be told from {section.samples_per_prompt} samples of a prompt"
-        yield at("eval.k", what, f"at most eval.samples_per_prompt ({section.samples_per_prompt})")
-    kind, _, number = section.metric.partition("@")
-    if number and int(number) not in section.k and int(number) > section.samples_per_prompt:
-        yield at(
-            "eval.metric",
-            f"{section.metric} cannot be told from {section.samples_per_prompt} samples of a prompt",
-            f"{kind}@1, or a larger eval.samples_per_prompt",
-        )
-    elif number and int(number) not in section.k:
-        yield at("eval.metric", f"{number} is not among eval.k", one_of(f"{kind}@{k}" for k in section.k))
+    needed = int(section.metric.partition("@")[2] or 0)
+    for name, largest in (("k", max(k for k in section.k)), ("metric", needed)):
+        if largest > section.samples_per_prompt and (name == "metric" or largest != needed):
+            what = f"pass@{largest}" if name == "k" else section.metric
+            what += f" cannot be told from {section.samples_per_prompt} samples of a prompt"
+            yield at(f"eval.{name}", what, f"at most eval.samples_per_prompt ({section.samples_per_prompt})")
     if section.metric == "greedy" and not section.greedy:
         yield at("eval.metric", "no greedy answers are made", "eval.greedy: true beside it")
-    decoding = config.eval_decoding()
+
+
+@rule("eval.samples_per_prompt", "eval.do_sample", "eval.temperature", "generate.do_sample", "generate.temperature")
+def eval_can_sample(config: Config, base_dir: Path) -> Iterator[Finding]:
+    """Several answers to a prompt need sampling."""
+    if config.eval is None:
+        return
+    section, decoding = config.eval, config.eval_decoding()
     if not decoding.do_sample and section.samples_per_prompt > 1:
         what = f"greedy decoding gives the same completion {section.samples_per_prompt} times"
         yield at("eval.samples_per_prompt", what, "1, or eval.do_sample: true")
@@ -318,7 +316,7 @@ def schedules_reach(config: Config, base_dir: Path) -> Iterator[Finding]:
         Config.model_validate(config.at_round(last).model_dump(by_alias=True))
     except ValidationError as error:
         for one in error.errors(include_url=False):
-            loc = tuple(step for step in one["loc"] if not (isinstance(step, str) and step.startswith("<")))
+            loc = path_of(one["loc"])
             what, expected, _, inner, _ = explain(one)
             yield Finding((*loc, *inner), f"{what} in round {last}", expected)
 

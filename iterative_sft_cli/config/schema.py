@@ -14,15 +14,18 @@ from iterative_sft_cli.config.fields import Count, CountFromZero, NoneWord, Sect
 from iterative_sft_cli.config.schedule import Schedule
 from iterative_sft_cli.config.section_filters import FilterEntry, default_name
 from iterative_sft_cli.config.section_generate import (
+    BudgetConfig,
     GenerateConfig,
     OpenAIConfig,
     RationalizeConfig,
+    SearchConfig,
     SourceModel,
     VllmConfig,
 )
 from iterative_sft_cli.config.section_model import AdapterConfig, ModelConfig
 from iterative_sft_cli.config.section_prompts import (
     ColumnSpec,
+    CurriculumConfig,
     DatasetSource,
     EvalConfig,
     LmEvalConfig,
@@ -33,6 +36,7 @@ from iterative_sft_cli.config.section_prompts import (
 )
 from iterative_sft_cli.config.section_run import CheckpointsConfig, GuardsConfig, SamplesConfig
 from iterative_sft_cli.config.section_train import (
+    FormatConfig,
     MixConfig,
     ParallelConfig,
     PassConfig,
@@ -45,12 +49,15 @@ from iterative_sft_cli.types import Decoding
 
 __all__ = [
     "AdapterConfig",
+    "BudgetConfig",
     "CheckpointsConfig",
     "ColumnSpec",
     "Config",
+    "CurriculumConfig",
     "DatasetSource",
     "EvalConfig",
     "FilterEntry",
+    "FormatConfig",
     "GenerateConfig",
     "GuardsConfig",
     "LmEvalConfig",
@@ -63,6 +70,7 @@ __all__ = [
     "RationalizeConfig",
     "ReasoningGymSource",
     "SamplesConfig",
+    "SearchConfig",
     "SeedDataConfig",
     "SkipConfig",
     "SourceConfig",

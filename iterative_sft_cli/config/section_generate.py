@@ -25,6 +25,7 @@ from iterative_sft_cli.config.fields import (
     WordTag,
 )
 from iterative_sft_cli.config.schedule import Scheduled
+from iterative_sft_cli.config.section_prompts import FewShot
 from iterative_sft_cli.types import Decoding
 
 
@@ -77,6 +78,41 @@ class SourceModel(Section):
     """Its share of each prompt's samples; the shares add up to 1."""
 
 
+class BudgetConfig(Section):
+    """How a round's samples are shared out among its prompts, by how hard a first few samples show them to be. A text is its `kind`."""
+
+    kind: Literal["prop_difficulty", "gvm"]
+    """prop_difficulty: accepted samples wanted in proportion to the share that failed, `until_accepted` for the hardest (DART-Math); gvm: samples drawn in proportion to 1 / sqrt(p + alpha / p^(beta - 1)) of the accepted share p (GVM with equal gradient norms)."""
+    pilot: Count = 8
+    """Samples drawn of every prompt first; they count as the round's."""
+    alpha: Positive = 1e-3
+    """gvm: how much prompts that are hardly ever solved are held back."""
+    beta: Positive = 2.0
+    """gvm: exponent of the same."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_kind(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
+class SearchConfig(Section):
+    """Chooses each round's temperature and threshold by a trial on some prompts (B-STaR's balance score)."""
+
+    temperature: list[Positive] = Field(default_factory=list)
+    """Temperatures to try; none keeps `generate.temperature`."""
+    filter: Text = "threshold"
+    """Name of the `threshold` filter whose `min` is chosen."""
+    min: list[float] = Field(default_factory=list)
+    """Values of its `min` to try; none keeps it."""
+    prompts: Count = 600
+    """Prompts of the trial: the first so many of the round."""
+    samples_per_prompt: Count | None = None
+    """Samples of each in the trial; null is that of `generate`."""
+    enough: Count = 8
+    """Accepted samples of a prompt that are enough (n* of the paper)."""
+
+
 class GenerateConfig(Section):
     """How completions are drawn. Names and meanings are Hugging Face's; the model's own generation_config only gives EOS ids."""
 
@@ -100,6 +136,12 @@ class GenerateConfig(Section):
     """Completions drawn for each prompt and round; 1 when `do_sample` is false."""
     until_accepted: Scheduled[Count | None] = None
     """Stop drawing for a prompt once so many were accepted, at most `samples_per_prompt`; null always draws all."""
+    until_total: Scheduled[Count | None] = None
+    """Stop asking further prompts once so many samples of the round were accepted; null asks all of the round's prompts."""
+    budget: BudgetConfig | None = None
+    """Share samples out by difficulty; null draws alike for every prompt."""
+    search: SearchConfig | None = None
+    """Choose temperature and threshold anew each round; null takes those that are written."""
     from_: Scheduled[Annotated[Annotated[Text, ScalarTag] | Annotated[list[SourceModel], ListTag], ByShape]] = Field(
         default="current", alias="from"
     )
@@ -155,5 +197,9 @@ class RationalizeConfig(Section):
     """The hinted prompt as a text that contains {answer}, and {prompt} where the question goes."""
     samples_per_prompt: Scheduled[Count] = 1
     """Completions drawn for each hinted prompt."""
+    share: Scheduled[Annotated[float, Field(gt=0, le=1)]] = 1.0
+    """Share of the prompts with nothing accepted that get a second try."""
+    few_shot: FewShot | None = None
+    """Worked examples with hints, instead of those of `prompts`; null keeps those, `none` uses none."""
     max_share: Annotated[float | None, Field(gt=0, le=1)] = None
     """Largest share of the round's training rows that may come from hints; null for no limit."""

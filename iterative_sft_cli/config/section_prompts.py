@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from iterative_sft_cli.config.expression import GRAMMAR, Expression, ExpressionError
 from iterative_sft_cli.config.fields import (
     ByShape,
     Count,
@@ -101,6 +102,19 @@ class SkipConfig(Section):
     """Leave out prompts whose last acceptance rate was this or less; null leaves none out."""
 
 
+class CurriculumConfig(Section):
+    """A window of levels that moves up from round to round. Needs `order: curriculum` and levels that are numbers."""
+
+    start: float
+    """Highest level that round 1 asks."""
+    step: Positive = 1.0
+    """How far the highest level moves up, each round that `promote_if` allows."""
+    width: Positive | None = None
+    """Levels above `highest - width` are asked, 1 asks the highest alone; null asks all up to the highest."""
+    promote_if: Text | None = None
+    """Condition over the last round's statistics, such as `filters/accept_rate >= 0.9`, without which the level stays; null always moves up."""
+
+
 class SourceConfig(Section):
     """One source of rows: exactly one of `path`, `dataset`, `reasoning_gym` and `use`."""
 
@@ -127,6 +141,16 @@ PerRound = Annotated[
     | Annotated[Annotated[float, Field(gt=0)] | Annotated[int, Field(ge=1)], NumberTag],
     WordOrNumber,
 ]
+
+
+def _expression(value: Any) -> Any:
+    """An arithmetic expression, checked for its grammar."""
+    if isinstance(value, str):
+        try:
+            Expression(value)
+        except ExpressionError as error:
+            raise finding(str(error), expected=GRAMMAR) from None
+    return value
 
 
 def _per_round(value: Any) -> Any:
@@ -161,8 +185,12 @@ class PromptsConfig(SourceConfig):
     """Values for the template, such as {enable_thinking: false}."""
     per_round: Scheduled[Annotated[PerRound, BeforeValidator(_per_round)]] = "all"
     """How many prompts each round takes: all, a number, or a fraction of them."""
-    order: Scheduled[Literal["shuffle", "sequential", "curriculum", "hardest_first"]] = "shuffle"
-    """In which order rounds take prompts: shuffle (seeded, each prompt once before any twice), sequential (going on where the last round stopped), curriculum (lowest level first), hardest_first (lowest last acceptance rate first)."""
+    order: Scheduled[Literal["shuffle", "sequential", "curriculum", "hardest_first", "adaptive"]] = "shuffle"
+    """In which order rounds take prompts: shuffle (seeded, each prompt once before any twice), sequential (going on where the last round stopped), curriculum (lowest level first), hardest_first (lowest last acceptance rate first), adaptive (longest not asked first, then lowest last acceptance rate: AdaSTaR)."""
+    curriculum: CurriculumConfig | None = None
+    """Levels that each round asks, with `order: curriculum`; null asks all, as `per_round` allows."""
+    advance: Annotated[Text | None, BeforeValidator(_expression)] = None
+    """With `order: adaptive`: the share of a round's prompts, first asked first, that count as asked, an expression over `accept_rate` such as `accept_rate ** 2`; null counts all."""
     skip: SkipConfig = Field(default_factory=SkipConfig)
     """Prompts to leave out because of earlier rounds."""
 
@@ -204,7 +232,7 @@ class EvalConfig(SourceConfig):
     samples_per_prompt: Count = 1
     """Completions drawn for each prompt."""
     k: list[Count] = Field(default=[1], min_length=1)
-    """The k of pass@k and maj@k that are reported; none above `samples_per_prompt`."""
+    """The k of pass@k and maj@k that are reported, besides that of `metric`; none above `samples_per_prompt`."""
     greedy: bool = False
     """Also answer each prompt once without sampling, reported as `greedy`."""
     every: Count = 1
@@ -231,5 +259,15 @@ class EvalConfig(SourceConfig):
     """Texts that end a completion."""
     lm_eval: LmEvalConfig | None = None
     """Also run tasks of lm-evaluation-harness after each evaluated round."""
+    rank_by: Text | None = None
+    """Name of the per-sample filter whose score ranks answers for best@k; it then also runs in the evaluation. Null reports no best@k."""
     bootstrap_samples: CountFromZero = 1000
     """Resamples for the confidence intervals; 0 reports none."""
+
+    @model_validator(mode="after")
+    def _report_the_metric(self) -> EvalConfig:
+        """The k of the metric is reported too."""
+        number = self.metric.partition("@")[2]
+        if number and int(number) not in self.k:
+            self.__dict__["k"] = sorted({*self.k, int(number)})
+        return self

@@ -25,7 +25,7 @@ from iterative_sft_cli.config.fields import (
 )
 from iterative_sft_cli.config.findings import finding, show
 from iterative_sft_cli.config.schedule import Scheduled
-from iterative_sft_cli.config.section_prompts import DatasetSource
+from iterative_sft_cli.config.section_prompts import DatasetSource, FewShot
 
 StartFrom = Literal["previous", "base", "best", "warmup"]
 SchedulerType = Literal[
@@ -76,8 +76,25 @@ class SeedDataConfig(Section):
 class MixConfig(SeedDataConfig):
     """Seed data mixed into every round's training rows."""
 
-    share: Scheduled[Annotated[float, Field(gt=0, lt=1)]]
-    """Share of the training rows that is seed data, drawn anew each round; 0.5 makes half of them seed rows."""
+    share: Scheduled[
+        Annotated[
+            Annotated[Literal["all"], WordTag] | Annotated[Annotated[float, Field(gt=0, lt=1)], NumberTag], WordOrNumber
+        ]
+    ] = "all"
+    """Share of the training rows that is seed data, drawn anew each round; 0.5 makes half of them seed rows, all takes every seed row."""
+    weight: Positive = 1.0
+    """With `new_share`: what the seed data counts for beside each earlier round, which counts 1; seed data of 10 levels beside rounds of one level counts 10."""
+
+
+class FormatConfig(Section):
+    """A form in which accepted samples are trained. `{prompt}`, `{completion}`, `{final}` and `{answer}` stand for parts of the sample."""
+
+    prompt: Text = "{prompt}"
+    """The text that is asked; chat messages only as `{prompt}`."""
+    completion: Text = "{completion}"
+    """The text to learn; {answer} is what a verifier or vote took for the sample's answer, else the reference."""
+    few_shot: FewShot | None = None
+    """Worked examples before the prompt; null are those of `prompts`, `none` uses none."""
 
 
 class PassConfig(Section):
@@ -127,6 +144,14 @@ class TrainConfig(Section):
     """Accepted samples to train on: replace (this round's), accumulate (all rounds' so far) or {window: n} (the newest n rounds')."""
     mix: MixConfig | None = None
     """Seed data mixed in; null for none."""
+    new_share: Scheduled[Annotated[float | None, Field(gt=0, lt=1)]] = None
+    """Share of the trained rows that is this round's; the rest is shared out among earlier rounds (1 each) and seed data (`mix.weight`). Null takes every row equally often."""
+    max_rows: Scheduled[Count | None] = None
+    """Most rows of accepted samples to train on; null for no limit."""
+    evict: Literal["oldest", "random"] = "oldest"
+    """Which rows go when there are more than `max_rows`: those of the oldest rounds, or a random draw."""
+    formats: list[FormatConfig] | None = None
+    """Forms in which each accepted sample is trained, a row each; null trains it as it was generated."""
     objective: Text = "nll"
     """nll, dft, iw, rwr, or a plug-in's name or pkg.mod:attr."""
     objective_args: dict[str, Any] = Field(default_factory=dict)
@@ -220,5 +245,5 @@ class WarmupConfig(SeedDataConfig):
         names = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "batch_size")
         changes = {name: value for name in names if (value := getattr(self, name)) is not None}
         changes |= {"epochs": self.epochs, "steps": self.steps, "objective": "nll", "objective_args": {}}
-        changes |= {"weight_by": None, "passes": None, "mix": None, "lr_schedule": "restart"}
+        changes |= {"weight_by": None, "passes": None, "mix": None, "new_share": None, "lr_schedule": "restart"}
         return train.model_copy(update=changes)
