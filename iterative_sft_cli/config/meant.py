@@ -143,7 +143,7 @@ def key_meant(path: tuple[Step, ...]) -> str | None:
         return SYNONYMS[synonym].removeprefix(inside) if parent else SYNONYMS[synonym]
     elsewhere = [leaf.path for leaf in leaves() if leaf.path.rpartition(".")[2] == word and "[]" not in leaf.path]
     if elsewhere:
-        return one_of(elsewhere[:2])
+        return one_of(sorted(elsewhere, key=lambda path: path.count("."))[:2])
     return nearest(word, siblings) or nearest(word, {leaf.path.rpartition(".")[2] for leaf in leaves()}, 0.85)
 
 

@@ -80,7 +80,7 @@ class MixConfig(SeedDataConfig):
         Annotated[
             Annotated[Literal["all"], WordTag] | Annotated[Annotated[float, Field(gt=0, lt=1)], NumberTag], WordOrNumber
         ]
-    ] = "all"
+    ]
     """Share of the training rows that is seed data, drawn anew each round; 0.5 makes half of them seed rows, all takes every seed row."""
     weight: Positive = 1.0
     """With `new_share`: what the seed data counts for beside each earlier round, which counts 1; seed data of 10 levels beside rounds of one level counts 10."""
