@@ -16,6 +16,8 @@ from iterative_sft_cli.samples import StoredSample
 
 PLAIN_EVERY_S = 30.0
 """Seconds between two lines of a phase when there is no terminal."""
+TABLE_ROWS = 12
+"""Newest rounds in the table that is shown after each round."""
 ETA_AFTER_S = 12.0
 """Seconds of work after which the first estimate for the whole run is given."""
 
@@ -97,14 +99,24 @@ COLUMNS = (
 )
 
 
+def short_count(count: int) -> str:
+    """A count in at most five characters: 812, 24.6k, 1.3M."""
+    if count < 10_000:
+        return str(count)
+    return f"{count / 1e3:.1f}k" if count < 1_000_000 else f"{count / 1e6:.1f}M"
+
+
 def round_cells(row: Mapping[str, Any], metric: str = "eval/pass@1") -> list[str]:
     """The cells of a round's row in the table, without its time; '-' where a figure does not exist."""
-    cells = [form.format(row[key]) if row.get(key) is not None else "-" for _, key, form in COLUMNS]
+    cells = []
+    for name, key, form in COLUMNS:
+        value = row.get(key)
+        cells.append("-" if value is None else short_count(value) if name == "tokens" else form.format(value))
     if row.get(metric) is None:
         return [*cells, "-"]
     low, high = row.get(f"{metric}_low"), row.get(f"{metric}_high")
     interval = f" [{low:.2f}, {high:.2f}]" if low is not None and high is not None else ""
-    return [*cells, f"{row[metric]:.3f}{interval}"]
+    return [*cells, f"{row[metric]:.2f}{interval}"]
 
 
 class Estimate:
@@ -195,11 +207,12 @@ class Console:
     def note(self, text: str) -> None:
         """One line to the user."""
         if not self._quiet:
-            self._print(safe_text(text))
+            self._print(safe_text(text), wrap=False)
 
-    def _print(self, renderable: Any) -> None:
+    def _print(self, renderable: Any, *, wrap: bool = True) -> None:
         target = self._progress.console if self._progress is not None else self._rich
-        target.print(renderable)
+        # a path or a command that is wrapped cannot be copied
+        target.print(renderable, soft_wrap=not wrap)
 
     @contextmanager
     def phase(self, name: str, round_index: int, total: int, unit: str) -> Iterator[PhaseView]:
@@ -255,10 +268,11 @@ class Console:
         """Show a few samples of the round with what was decided and why."""
         if self._quiet or not (accepted or rejected):
             return
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"round {round_index}: some samples", title_justify="left", expand=False, pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
         for name in ("verdict", "prompt", "completion", "why"):
             table.add_column(name, overflow="fold")
         for word, style, group in (("accepted", "green", accepted), ("rejected", "red", rejected)):
@@ -275,16 +289,17 @@ class Console:
         """Show the table of rounds with the new row last."""
         self._rows.append((row, seconds))
         if not self._quiet:
-            self._print(self.rounds_table(self._rows))
+            self._print(self.rounds_table(self._rows[-TABLE_ROWS:]))
 
     def rounds_table(self, rows: Sequence[tuple[Mapping[str, Any], float | None]]) -> Any:
         """A table of rounds; the time column is left empty where it is not known."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table(pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
         names = [name for name, _, _ in COLUMNS] + [self.metric.removeprefix("eval/") + " (95 %)", "time"]
         for name in names:
             table.add_column(name, justify="right", no_wrap=True)
         for row, seconds in rows:
-            table.add_row(*round_cells(row, self.metric), "" if seconds is None else duration(seconds))
+            table.add_row(*round_cells(row, self.metric), "" if seconds is None else f"{seconds:.0f} s")
         return table

@@ -60,6 +60,9 @@ def run_experiment(
     for warning in loaded.warnings:
         view.note(f"warning: {warning}")
     path = Path(loaded.config.output_dir)
+    found = RunDir.peek(path)
+    if found is not None:
+        loaded = loaded.continuing(found.resolved)
     command = command or f"isft train {shlex.quote(str(loaded.path))}"
     filters = resolve_filters(loaded.config.filters, base_dir=loaded.base_dir)
     done = already_complete(path, loaded, resume)
@@ -88,12 +91,14 @@ def stored_config(path: Path, overrides: Sequence[str]) -> LoadedConfig | None:
     found = RunDir.peek(path)
     if found is None:
         return None
+    written_in = Path(str(found.environment.get("config_dir", "")))
     return LoadedConfig.from_resolved(
         found.resolved,
         source=found.config_source,
         path=path / "config.yaml",
         output_dir=str(path),
         overrides=list(overrides),
+        base_dir=written_in if written_in.is_dir() else path.parent,
     )
 
 
@@ -214,7 +219,7 @@ def check_same(run: RunDir, loaded: LoadedConfig, facts: dict[str, Any], allow_c
 
 
 def describe_environment(loaded: LoadedConfig, hashes: dict[str, Any]) -> dict[str, Any]:
-    """Versions, hardware and content hashes for `environment.json`; never secrets, never a path."""
+    """Versions, hardware and content hashes for `environment.json`; never secrets."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -230,6 +235,7 @@ def describe_environment(loaded: LoadedConfig, hashes: dict[str, Any]) -> dict[s
         "machine": platform.machine(),
         "versions": versions,
         "seed": loaded.config.seed,
+        "config_dir": str(loaded.base_dir.resolve()),
         **hashes,
     }
 

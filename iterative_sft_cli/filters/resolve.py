@@ -6,6 +6,7 @@ Every problem of every entry is reported at once; a filter is found and right, o
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +69,7 @@ class ResolvedFilter:
     memory_gb: float | None = None
     on_error: str = "fail"
     reads_scores: bool = False
+    notice: str | None = None
     doc: str = ""
 
     @property
@@ -150,7 +152,7 @@ def resolve_filters(entries: Sequence[FilterEntry], *, base_dir: Path) -> list[R
             problems.append(f"{entry.key}: {error.what}")
             continue
         if place is None:
-            built, wrong = _resolve_builtin(entry)
+            built, wrong = _resolve_builtin(entry, base_dir)
             found[index] = built
             problems += [f"{entry.key}: {entry.use}: {one}" for one in wrong]
         else:
@@ -229,7 +231,7 @@ def _builtin_hash(name: str) -> str:
     return hashlib.sha256(source).hexdigest()
 
 
-def _resolve_builtin(entry: FilterEntry) -> tuple[ResolvedFilter | None, list[str]]:
+def _resolve_builtin(entry: FilterEntry, base_dir: Path) -> tuple[ResolvedFilter | None, list[str]]:
     target, spec = load_builtin(entry.use)
     shape = inspect_filter(target)
     given, problems = place_bare(shape, entry.args, entry.bare)
@@ -245,7 +247,8 @@ def _resolve_builtin(entry: FilterEntry) -> tuple[ResolvedFilter | None, list[st
 
     arguments, wrong = bind_scheduled(bind, [p.name for p in shape.parameters if "int" in p.annotation], given)
     problems += wrong
-    for option in sorted(set(DEVICE_KEYS) & entry.model_fields_set):
+    fields = type(entry).model_fields
+    for option in sorted(name for name in DEVICE_KEYS if getattr(entry, name) != fields[name].get_default(call_default_factory=True)):
         if option not in spec.honours:
             problems.append(f"`{option}` has no effect on this built-in, which runs in the main process; remove it")
     problems += _check_environment(entry)
@@ -253,6 +256,12 @@ def _resolve_builtin(entry: FilterEntry) -> tuple[ResolvedFilter | None, list[st
     for module, extra in required:
         if importlib.util.find_spec(module) is None:
             problems.append(f"it needs the library {module}: pip install 'iterative-sft-cli[{extra}]'")
+    for option in spec.paths:
+        if arguments.get(option) is not None:
+            place = find_path(str(arguments[option]), base_dir, hub=spec.hub)
+            if place is None:
+                problems.append(f"there is no file {arguments[option]} (`{option}`) beside the config ({base_dir})")
+            arguments = {**arguments, option: place}
     if problems:
         return None, problems
     variant = spec.variant(arguments) if spec.variant else None
@@ -277,10 +286,21 @@ def _resolve_builtin(entry: FilterEntry) -> tuple[ResolvedFilter | None, list[st
             prefix_stable=stable,
             reads=frozenset(reads),
             source_hash=_builtin_hash(entry.use),
+            notice=spec.notice(arguments) if spec.notice else None,
+            doc=inspect.getdoc(load_builtin(entry.use)[0]) or "",
             **long_form(entry, spec.default_on_error),
         ),
         [],
     )
+
+
+def find_path(text: str, base_dir: Path, *, hub: bool) -> str | None:
+    """An absolute path for what exists beside the config or here; a hub id stays as it is; None for a missing file."""
+    for place in (base_dir / text, Path(text)):
+        if place.exists():
+            return str(place.resolve())
+    looks_local = Path(text).is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
+    return text if hub and not looks_local else None
 
 
 def long_form(entry: FilterEntry, default_on_error: str = "fail") -> dict[str, Any]:
