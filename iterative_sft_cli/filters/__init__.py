@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from iterative_sft_cli.filters.chain import AcceptedHistory, FilterChain, Shard
     from iterative_sft_cli.filters.context import Context
     from iterative_sft_cli.filters.resolve import ResolvedFilter, resolve_filters
-    from iterative_sft_cli.filters.runners import Runtime
+    from iterative_sft_cli.filters.runtime import Runtime
     from iterative_sft_cli.filters.says import FilterSays, FunnelRow, Judged, funnel
 
 __all__ = [
@@ -36,7 +36,7 @@ _WHERE = {
     "FunnelRow": "says",
     "Judged": "says",
     "ResolvedFilter": "resolve",
-    "Runtime": "runners",
+    "Runtime": "runtime",
     "Shard": "chain",
     "funnel": "says",
     "resolve_filters": "resolve",

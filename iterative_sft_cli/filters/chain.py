@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from iterative_sft_cli.errors import ConfigError
+from iterative_sft_cli.errors import ConfigError, PluginError
 from iterative_sft_cli.filters.contract import Outcome
 from iterative_sft_cli.filters.resolve import ResolvedFilter, is_read, unread_scores
-from iterative_sft_cli.filters.runners import Runner, Runtime
+from iterative_sft_cli.filters.runners import Runner
+from iterative_sft_cli.filters.runtime import Runtime
 from iterative_sft_cli.filters.says import GENERATE, FilterSays, Judged
 from iterative_sft_cli.types import PROMPT_TOO_LONG, STOP, Sample
 
@@ -39,7 +40,7 @@ class FilterChain:
     """The filters of one round. Use as a context manager; `open_shard` may be called while other shards are finishing.
 
     `scores_read` are the names that weights and objectives read; None switches the check for unread scores off (eval).
-    `runtime` holds workers and models that outlive the chain; without one the chain has its own.
+    `eval_texts` are the evaluation's prompts, for `not_in_eval`. `runtime` holds workers and models that outlive the chain; without one the chain has its own.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class FilterChain:
         encoder: ThinkingSplitter | None = None,
         max_length: int | None = None,
         scores_read: Iterable[str] | None = None,
+        eval_texts: Sequence[str] = (),
         runtime: Runtime | None = None,
     ) -> None:
         self.filters = [one.at_round(round_index) for one in filters]
@@ -69,6 +71,7 @@ class FilterChain:
                 round_index=round_index,
                 cache_dir=cache_dir,
                 accepted_earlier=accepted_earlier if accepted_earlier is not None else (),
+                eval_texts=eval_texts,
             )
             for one in self.filters
         ]
@@ -257,7 +260,7 @@ class Shard:
                 return
             self._flying -= 1
             state.flying = False
-            error = done.exception()
+            error = PluginError("the call was given up") if done.cancelled() else done.exception()
             if error is not None:
                 self._failed.append((state, error))
                 state.kept = False

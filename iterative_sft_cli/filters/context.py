@@ -6,7 +6,7 @@ Every random draw is a pure function of (run seed, filter, round, prompt or samp
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ class Context:
     """Handed to filters that have a parameter `context`.
 
     `accepted_earlier` iterates over `{"prompt_id", "completion", "round_index"}` of samples accepted in earlier rounds;
-    `cache_dir` is a folder that outlives the process (None in `isft filters test` and without a run).
+    `cache_dir` is a folder that outlives the process (None in `isft filters test` and without a run); `eval_texts` are the evaluation's prompts
+    (built-ins only).
     """
 
-    __slots__ = ("_parts", "_rng", "accepted_earlier", "cache_dir", "round_index", "seed")
+    __slots__ = ("_parts", "_rng", "accepted_earlier", "cache_dir", "eval_texts", "round_index", "seed")
 
     def __init__(
         self,
@@ -31,11 +32,13 @@ class Context:
         subject: str,
         cache_dir: Path | None = None,
         accepted_earlier: Iterable[Mapping[str, Any]] = (),
+        eval_texts: Sequence[str] = (),
     ) -> None:
         self.round_index = round_index
         self.seed = seed
         self.cache_dir = cache_dir
         self.accepted_earlier = accepted_earlier
+        self.eval_texts = eval_texts
         self._parts = (filter_name, subject)
         self._rng: random.Random | None = None
 

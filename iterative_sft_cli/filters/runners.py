@@ -1,22 +1,19 @@
-"""How a filter is run: in this process or in workers; and what outlives a chain (workers, loaded models)."""
+"""How a filter is run: in this process, in threads, or in worker processes."""
 
 from __future__ import annotations
 
 import copy
-import tempfile
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from iterative_sft_cli.errors import IsftError, PluginError
+from iterative_sft_cli.errors import DataError, IsftError, PluginError
 from iterative_sft_cli.filters.cache import ResultCache
 from iterative_sft_cli.filters.context import Context
-from iterative_sft_cli.filters.contract import ContractBreach, Outcome, make_callable, to_outcome, to_outcomes
+from iterative_sft_cli.filters.contract import ContractBreach, Outcome, to_outcome, to_outcomes
 from iterative_sft_cli.filters.imports import explain
-from iterative_sft_cli.filters.link import Watchdog
 from iterative_sft_cli.filters.pool import WorkerPool, outcome_from_row
 from iterative_sft_cli.filters.resolve import ResolvedFilter
 from iterative_sft_cli.filters.wire import encode, frame_around, sample_to_wire, to_json
@@ -95,6 +92,58 @@ def own_copy(sample: Sample) -> Sample:
         answer=copy.deepcopy(sample.answer),
         scores=dict(sample.scores),
     )
+
+
+class ThreadRunner:
+    """Calls a built-in that waits for something else (a server, an interpreter process) in several threads."""
+
+    batched = False
+
+    def __init__(
+        self, one: ResolvedFilter, call: Callable[..., Any], threads: ThreadPoolExecutor, cache: ResultCache | None
+    ) -> None:
+        self._one = one
+        self._call = call
+        self._threads = threads
+        self._cache = cache
+        self.waits_for_device = one.needs_device
+
+    def judge(self, sample: Sample) -> Outcome | Future[Outcome]:
+        """From the cache at once, else later."""
+        key = b""
+        if self._cache is not None:
+            key = ResultCache.key(to_json(sample_to_wire(sample)))
+            if (rows := self._cache.get(key)) is not None:
+                return outcome_from_row(rows[0])
+        return self._threads.submit(self._judge, sample, key)
+
+    def _judge(self, sample: Sample, key: bytes) -> Outcome:
+        for attempt in (1, 2):
+            try:
+                outcome = to_outcome(self._call(sample, None))
+                break
+            except Exception as error:
+                # a server that is not there is no sample's fault
+                if (
+                    isinstance(error, DataError)
+                    or self._one.on_error == "fail"
+                    or self._one.on_error == "retry"
+                    and attempt == 2
+                ):
+                    raise blame(self._one, error, prompt_id=sample.prompt_id, sample_id=sample.sample_id) from error
+                if self._one.on_error == "drop":
+                    return Outcome(Verdict(False, None, "plugin_error", {"error": explain(error)[:300]}))
+        if self._cache is not None:
+            self._cache.put(key, [outcome_to_row(outcome)])
+        return outcome
+
+    def judge_batch(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """Not used: threads take samples one by one."""
+        raise NotImplementedError
+
+    def judge_many(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """Not used: such built-ins look at one sample."""
+        raise NotImplementedError
 
 
 class WorkerRunner:
@@ -188,146 +237,3 @@ def blame(
     cause = str(error) if isinstance(error, ContractBreach) else f"it raised {explain(error)}"
     hint = "`isft filters test` runs it over stored samples" if not one.builtin else None
     return PluginError(f"the filter `{one.name}` failed on {subject}: {cause}", where=where, hint=hint)
-
-
-class Runtime:
-    """Workers, loaded models and caches of a run's filters; they serve every chain. Close it at the end."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._calls: dict[bytes, tuple[ResolvedFilter, Callable[..., Any], Any]] = {}
-        self._pools: dict[bytes, WorkerPool] = {}
-        self._caches: dict[tuple[Path, bytes], ResultCache] = {}
-        self._watchdog = Watchdog()
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._num_files = 0
-
-    def __enter__(self) -> Runtime:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def runner(
-        self,
-        one: ResolvedFilter,
-        *,
-        seed: int,
-        round_index: int,
-        cache_dir: Path | None,
-        accepted_earlier: History,
-    ) -> Runner:
-        """The runner of a filter for one round."""
-        key = to_json([str(one.location), one.source_hash, one.kind, one.arguments, one.name, one.device, one.env])
-        if one.isolated:
-            head: dict[str, Any] = {"seed": seed, "round_index": round_index, "filter": one.name}
-            cache = None
-            if one.shape.takes_context:
-                # what the context gives is not part of the sample, so nothing is cached
-                head["cache_dir"] = str(cache_dir.resolve()) if cache_dir is not None else None
-                head["history"] = str(self._store_history(accepted_earlier))
-            elif cache_dir is not None:
-                cache = self._cache(cache_dir, key, one)
-            return WorkerRunner(one, self._pool(key, one), head, cache, self._store_round)
-
-        def make_context(subject: str) -> Context:
-            return Context(
-                round_index=round_index,
-                seed=seed,
-                filter_name=one.name,
-                subject=subject,
-                cache_dir=cache_dir,
-                accepted_earlier=accepted_earlier,
-            )
-
-        call, batch = self._call(key, one)
-        return DirectRunner(one, call, make_context, batch)
-
-    def _call(self, key: bytes, one: ResolvedFilter) -> tuple[Callable[..., Any], Any]:
-        """The callable of an in-process filter; a class is built once, and again when its arguments change."""
-        with self._lock:
-            if key not in self._calls:
-                assert one.target is not None
-                try:
-                    call, instance = make_callable(one.target, one.shape, one.arguments)
-                except Exception as error:
-                    cause = f"its set-up raised {explain(error)}"
-                    raise PluginError(
-                        f"the filter `{one.name}` cannot be used: {cause}", where=f"{one.key}: {one.use}"
-                    ) from error
-                self._calls[key] = (one, call, instance)
-            _, call, instance = self._calls[key]
-        batched = one.spec is not None and one.spec.batched
-        return call, instance.judge_batch if batched else None
-
-    def _pool(self, key: bytes, one: ResolvedFilter) -> WorkerPool:
-        with self._lock:
-            if key not in self._pools:
-                # a schedule gave the filter other arguments: its old workers are not needed again
-                for old, pool in list(self._pools.items()):
-                    if pool.one.key == one.key and pool.one.name == one.name:
-                        del self._pools[old]
-                        pool.close()
-                self._pools[key] = WorkerPool(one, self._watchdog)
-            return self._pools[key]
-
-    def _cache(self, folder: Path, key: bytes, one: ResolvedFilter) -> ResultCache:
-        with self._lock:
-            if (folder, key) not in self._caches:
-                self._caches[folder, key] = ResultCache(folder, one)
-            return self._caches[folder, key]
-
-    def _new_file(self) -> Path:
-        with self._lock:
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="isft-round-", ignore_cleanup_errors=True)
-            self._num_files += 1
-            return Path(self._folder.name) / f"{self._num_files}"
-
-    def _store_round(self, samples: Sequence[Sample]) -> Path:
-        path = self._new_file()
-        with open(path, "wb") as file:
-            for sample in samples:
-                file.write(encode(sample_to_wire(sample)))
-        return path
-
-    def _store_history(self, accepted_earlier: History) -> Path:
-        path = self._new_file()
-        with open(path, "wb") as file:
-            for record in accepted_earlier:
-                file.write(to_json(record) + b"\n")
-        return path
-
-    def cancel(self) -> None:
-        """Give up all calls to workers: a sample failed and the run is about to stop."""
-        with self._lock:
-            pools = list(self._pools.values())
-        for pool in pools:
-            pool.cancel()
-
-    def release_device(self) -> None:
-        """Move models off the accelerator and end the workers that hold one."""
-        with self._lock:
-            for key, pool in list(self._pools.items()):
-                if pool.one.needs_device:
-                    del self._pools[key]
-                    pool.close()
-            instances = [(one, instance) for one, _, instance in self._calls.values() if one.needs_device]
-        for _, instance in instances:
-            release = getattr(instance, "release", None)
-            if callable(release):
-                release()
-
-    def close(self) -> None:
-        """End all workers, close the caches, remove the temporary files."""
-        with self._lock:
-            pools, self._pools = list(self._pools.values()), {}
-            caches, self._caches = list(self._caches.values()), {}
-            folder, self._folder = self._folder, None
-        for pool in pools:
-            pool.close()
-        for cache in caches:
-            cache.close()
-        self._watchdog.close()
-        if folder is not None:
-            folder.cleanup()

@@ -10,7 +10,7 @@ MAX_CODE_CHARS = 50_000
 
 _MARKED = re.compile(r"<<([^<>]{1,200})>>")
 _EQUATION = re.compile(r"[-+*/×÷().,$%0-9 \t]{1,200}=[ \t]*[-$]{0,2}[0-9][0-9.,]*%?")
-_FENCE = re.compile(r"```[a-zA-Z0-9_+-]*\n(.*?)(?:```|\Z)", re.DOTALL)
+FENCE = re.compile(r"```[a-zA-Z0-9_+-]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _PUNCTUATION = re.compile(r"[^\w\s.+*/=<>%-]")
 
 
@@ -38,7 +38,7 @@ def equation_list(text: str) -> str:
 
 def python_source(text: str) -> str:
     """The last fenced code block, or the whole text without one."""
-    blocks: list[str] = _FENCE.findall(text)
+    blocks: list[str] = FENCE.findall(text)
     return blocks[-1] if blocks else text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from iterative_sft_cli.errors import DataError
-from iterative_sft_cli.filters.builtin.numbers import Found, SeveralAnswers, equal_numbers, last_number
+from iterative_sft_cli.filters.builtin.last_number import Found, SeveralAnswers, equal_numbers, last_number
 from iterative_sft_cli.filters.builtin.spec import BuiltIn, at_least, decide
 from iterative_sft_cli.types import Sample, Verdict
 

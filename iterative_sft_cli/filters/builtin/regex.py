@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ SECONDS_PER_MATCH = 2.0
 
 
 @lru_cache(maxsize=64)
-def _compile(pattern: str, ignore_case: bool) -> Any:
+def compile_pattern(pattern: str, ignore_case: bool) -> Any:
     # `regex` (a dependency of transformers) has a time limit, which `re` has not
     import regex as regex_module  # type: ignore[import-untyped]
 
@@ -22,9 +22,41 @@ def _compile(pattern: str, ignore_case: bool) -> Any:
     return regex_module.compile(pattern, flags)
 
 
+def search(pattern: str, text: str, ignore_case: bool = False) -> bool:
+    """Whether the pattern is found. Raises PluginError when that takes too long."""
+    compiled = compile_pattern(pattern, ignore_case)
+    return _timed(pattern, lambda: compiled.search(text, timeout=SECONDS_PER_MATCH)) is not None
+
+
+def full_match(pattern: str, text: str, ignore_case: bool = False) -> bool:
+    """Whether the pattern matches the whole text. Raises PluginError when that takes too long."""
+    compiled = compile_pattern(pattern, ignore_case)
+    return _timed(pattern, lambda: compiled.fullmatch(text, timeout=SECONDS_PER_MATCH)) is not None
+
+
+def last_match(pattern: str, text: str) -> str | None:
+    """The first group (or the whole) of the last match. Raises PluginError when that takes too long."""
+    compiled = compile_pattern(pattern, False)
+    found = _timed(pattern, lambda: list(compiled.finditer(text, timeout=SECONDS_PER_MATCH)))
+    if not found:
+        return None
+    said: str | None = found[-1][1] if compiled.groups else found[-1][0]
+    return said
+
+
+def _timed(pattern: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except TimeoutError as error:
+        raise PluginError(
+            f"the pattern {pattern!r} took over {SECONDS_PER_MATCH:.0f} s on one text",
+            hint="nested quantifiers such as (a+)+ take exponential time; rewrite the pattern",
+        ) from error
+
+
 def _check(arguments: Mapping[str, Any]) -> None:
     try:
-        _compile(arguments["pattern"], arguments.get("ignore_case", False))
+        compile_pattern(arguments["pattern"], arguments.get("ignore_case", False))
     except Exception as error:
         raise ValueError(f"argument `pattern` is not a regular expression ({error})") from error
 
@@ -48,15 +80,5 @@ def regex(
     invert: keep what does not match. `^` and `$` match at lines. Dropped as `no_match` or `match`.
     """
     text = sample.final if of == "final" else sample.completion if of == "completion" else sample.reasoning or ""
-    compiled = _compile(pattern, ignore_case)
-    try:
-        if mode == "search":
-            found = compiled.search(text, timeout=SECONDS_PER_MATCH)
-        else:
-            found = compiled.fullmatch(text.strip(), timeout=SECONDS_PER_MATCH)
-    except TimeoutError as error:
-        raise PluginError(
-            f"the pattern {pattern!r} took over {SECONDS_PER_MATCH:.0f} s on sample {sample.sample_id}",
-            hint="nested quantifiers such as (a+)+ take exponential time; rewrite the pattern",
-        ) from error
-    return decide((found is None) == invert, "match" if invert else "no_match", drop=drop)
+    found = search(pattern, text, ignore_case) if mode == "search" else full_match(pattern, text.strip(), ignore_case)
+    return decide(found != invert, "match" if invert else "no_match", drop=drop)

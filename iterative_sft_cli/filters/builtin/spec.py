@@ -17,7 +17,9 @@ score; selector: picks among samples."""
 class BuiltIn:
     """`requires` are (module, extra) pairs; `honours` the long-form keys that act (others are refused);
     `check` raises ValueError for argument values that cannot work; `variant` picks another callable by the arguments;
-    `expressions` names arguments that are arithmetic over scores; `score_names` those that are one score's name."""
+    `expressions` names arguments that are arithmetic over scores, `paths` those that are files beside the config (or, with `hub`, hub ids);
+    `notice` is a warning for some arguments; `threads` filters run in as many threads as `workers`, `cached` ones keep
+    their results; `batched` classes have `judge_batch(samples)`; `device` ones wait until the engine has left the GPU."""
 
     role: Role
     cost: str
@@ -31,6 +33,10 @@ class BuiltIn:
     default_on_error: str = "fail"
     prefix_stable: bool | Callable[[Mapping[str, Any]], bool] = False
     expressions: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    hub: bool = False
+    notice: Callable[[Mapping[str, Any]], str | None] | None = None
+    cached: bool = False
     check: Callable[[Mapping[str, Any]], None] | None = None
     variant: Callable[[Mapping[str, Any]], Callable[..., Any] | None] | None = None
 

@@ -1,0 +1,95 @@
+"""perplexity: scores samples by how surprising a language model finds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from iterative_sft_cli.filters.builtin.scoring_models import ScoringModel, conversation, in_batches, longest_input, pad
+from iterative_sft_cli.filters.builtin.spec import BuiltIn, at_least
+from iterative_sft_cli.types import Sample, Verdict
+
+SPEC = BuiltIn(
+    role="scorer",
+    cost="one forward pass a sample in batches; runs when the engine has left the GPU",
+    honours=("device",),
+    batched=True,
+    device=True,
+    paths=("path",),
+    hub=True,
+    check=at_least("batch_size", 1),
+)
+
+
+class perplexity:
+    """Keep everything and score each sample with the perplexity of its completion, given its prompt: lower is likelier.
+
+    path: a causal language model, folder or hub id. given_prompt: false scores the completion alone. A sample longer
+    than the model reads (or `max_length`) loses the beginning of its prompt; one whose completion alone is longer, or
+    is empty, gets no score. Follow it with threshold (`max`) or top_fraction (`-perplexity`).
+    """
+
+    def __init__(
+        self,
+        path: str,
+        revision: str | None = None,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        given_prompt: bool = True,
+    ) -> None:
+        self._batch_size = batch_size
+        self._max_length = max_length
+        self._given_prompt = given_prompt
+        self._scorer = ScoringModel("AutoModelForCausalLM", path, revision, "perplexity")
+        self.device: str | None = None
+
+    def __call__(self, sample: Sample) -> Verdict:
+        """One sample; the chain hands over whole shards to `judge_batch`."""
+        return self.judge_batch([sample])[0]
+
+    def judge_batch(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """Scores in the order of `samples`."""
+        self._scorer.device = self.device
+        model, tokenizer, torch = self._scorer.load()
+        limit = longest_input(model, self._max_length)
+        rows: list[list[int]] = []
+        # how many of a row's last tokens are the completion's
+        own: dict[int, int] = {}
+        for index, sample in enumerate(samples):
+            said: list[int] = tokenizer(sample.completion, add_special_tokens=False)["input_ids"]
+            before = self._prompt_ids(tokenizer, sample)
+            room = limit - len(said) if limit is not None else len(before)
+            if said and room >= 1:
+                own[index] = len(said)
+                rows.append(before[-room:] + said)
+
+        def run(batch: list[tuple[list[int], int]]) -> Sequence[float]:
+            ids, mask = pad(torch, [row for row, _ in batch], 0, model.device)
+            with torch.inference_mode():
+                logits = model(input_ids=ids, attention_mask=mask).logits
+            values = []
+            for i, (row, count) in enumerate(batch):
+                start = len(row) - count
+                scores = logits[i, start - 1 : len(row) - 1].float().log_softmax(-1)
+                chosen = scores.gather(-1, ids[i, start : len(row), None])
+                values.append(math.exp(min(700.0, -float(chosen.mean()))))
+            return values
+
+        pairs = list(zip(rows, own.values(), strict=True))
+        found = dict(zip(own, in_batches(pairs, self._batch_size, run, key=lambda pair: len(pair[0])), strict=True))
+        return [Verdict(True, found.get(index)) for index in range(len(samples))]
+
+    def _prompt_ids(self, tokenizer: Any, sample: Sample) -> list[int]:
+        """Never empty: the first token of the completion needs one before it."""
+        if self._given_prompt:
+            text = conversation(tokenizer, sample, None)
+            ids: list[int] = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+            if ids:
+                return ids
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return [start if start is not None else 0]
+
+    def release(self) -> None:
+        """Leave the accelerator."""
+        self._scorer.release()
