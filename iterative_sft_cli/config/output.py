@@ -116,6 +116,8 @@ def _tidy(value: Any) -> Any:
         return [_tidy(item) for item in value]
     if not isinstance(value, dict):
         return value.replace("#/$defs/", "#/definitions/") if isinstance(value, str) else value
+    if "x-ref" in value:
+        return {"$ref": f"#/definitions/{value['x-ref']}"}
     tidy = {
         key: _tidy(item)
         for key, item in value.items()

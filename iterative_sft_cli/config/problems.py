@@ -50,10 +50,10 @@ class Problem:
             "source": self.source,
             "line": self.mark.line if self.mark else None,
             "column": self.mark.column if self.mark else None,
-            "path": dotted(self.path),
+            "path": redact(dotted(self.path)),
             "what": redact(self.what),
-            "expected": self.expected,
-            "meant": self.meant,
+            "expected": redact(self.expected) if self.expected else None,
+            "meant": redact(self.meant) if self.meant else None,
         }
 
 

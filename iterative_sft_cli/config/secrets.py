@@ -12,7 +12,7 @@ from typing import Any
 
 from iterative_sft_cli.config.findings import Step
 
-_BEFORE = r"(?<![A-Za-z0-9_\-/.])"
+_BEFORE = r"(?<![A-Za-z0-9_\-])"
 _AFTER = r"(?![A-Za-z0-9_])"
 _SHAPES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
@@ -25,7 +25,7 @@ _SHAPES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("an AWS access key", rf"{_BEFORE}(?:AKIA|ASIA)[0-9A-Z]{{16}}{_AFTER}"),
         ("a GitHub token", rf"{_BEFORE}(?:gh[pousr]_[A-Za-z0-9]{{36,}}|github_pat_[A-Za-z0-9_]{{30,}})"),
         ("a GitLab token", rf"{_BEFORE}glpat-[A-Za-z0-9_-]{{20,}}"),
-        ("a Slack token", rf"{_BEFORE}xox[abeoprs]-[A-Za-z0-9-]{{10,}}"),
+        ("a Slack token", rf"{_BEFORE}xox[abeoprs]-(?=[A-Za-z-]*[0-9])[A-Za-z0-9-]{{10,}}"),
         ("a Google API key", rf"{_BEFORE}AIza[A-Za-z0-9_-]{{35}}{_AFTER}"),
         ("an NVIDIA API key", rf"{_BEFORE}nvapi-[A-Za-z0-9_-]{{40,}}"),
         ("a Groq API key", rf"{_BEFORE}gsk_[A-Za-z0-9]{{40,}}"),

@@ -17,7 +17,7 @@ class FilterEntry(Section):
 
     use: Text
     """Built-in or installed name, pkg.mod:attr, or path/file.py:attr relative to this config."""
-    name: Text
+    name: Text = ""
     """Name of its score and of its line in the statistics; by default the filter's own, numbered when it is used twice."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments by name; numbers may be schedules."""
