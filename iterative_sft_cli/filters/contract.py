@@ -95,18 +95,20 @@ def inspect_filter(target: Any) -> Shape:
     is_class = inspect.isclass(target)
     if not callable(target):
         raise ContractBreach(f"it is a {type(target).__name__}, expected a function or a class with __call__")
-    call = target
+    call, is_static = target, False
     if is_class:
-        call = inspect.getattr_static(target, "__call__", None)
-        if call is None:
+        # not getattr: every class is callable by its metaclass
+        own = next((vars(one)["__call__"] for one in target.__mro__ if "__call__" in vars(one)), None)
+        if own is None:
             raise ContractBreach("the class has no __call__ method")
-        call = target.__call__
+        is_static = isinstance(own, staticmethod)
+        call = own.__func__ if isinstance(own, staticmethod | classmethod) else own
     if inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call):
         raise ContractBreach("it is an async function; filters are plain functions")
     if inspect.isgeneratorfunction(call):
         raise ContractBreach("it is a generator function (it contains `yield`); filters return their verdicts")
     parameters = list(_signature(call).parameters.values())
-    if is_class and not isinstance(inspect.getattr_static(target, "__call__"), staticmethod):
+    if is_class and not is_static:
         parameters = parameters[1:]
     kind = _kind_of(parameters[0] if parameters else None)
     rest = parameters[1:]
