@@ -18,6 +18,8 @@ ROUND_VERDICTS = "verdicts-round"
 PROMPTS = "prompts"
 TRAIN = "train"
 EVAL = "eval"
+EVAL_PROMPTS = "prompts-eval"
+"""The prompts of the evaluation, once a run: in `rounds/0000/`."""
 
 
 class Shards(Protocol):
@@ -107,6 +109,12 @@ def _need(shards: Shards, round_index: int, name: str) -> list[dict[str, Any]]:
 def read_prompts(shards: Shards, round_index: int) -> dict[str, Prompt]:
     """The prompts of a round by id, in their order."""
     return {row["prompt_id"]: prompt_from_row(row) for row in _need(shards, round_index, PROMPTS)}
+
+
+def read_eval_prompts(shards: Shards) -> dict[str, Prompt]:
+    """The prompts of the run's evaluation by id; empty when nothing was evaluated."""
+    found = shards.read(0, EVAL_PROMPTS)
+    return {} if found is None else {row["prompt_id"]: prompt_from_row(row) for row in found[0]}
 
 
 def read_generated(shards: Shards, round_index: int, name: str, prompts: Mapping[str, Prompt]) -> list[Sample]:

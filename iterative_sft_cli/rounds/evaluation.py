@@ -11,7 +11,7 @@ from iterative_sft_cli.eval import PromptResult, summarize
 from iterative_sft_cli.filters import FilterChain
 from iterative_sft_cli.rounds.judge import generate_shard, into_shards, make_requests, seeds_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
-from iterative_sft_cli.samples import EVAL, sample_to_row
+from iterative_sft_cli.samples import EVAL, EVAL_PROMPTS, prompt_to_row, sample_to_row
 from iterative_sft_cli.types import Decoding, Request
 
 GREEDY_INDEX = -1
@@ -46,6 +46,9 @@ def evaluate(
         greedy = [replace(request, sample_indices=(GREEDY_INDEX,)) for request in alone]
         plans += [(shard, replace(decoding, do_sample=False)) for shard in into_shards(greedy)]
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    if stages.run.shards.read(0, EVAL_PROMPTS) is None:
+        # readers show and pair the prompts of an evaluation long after the data file is gone
+        stages.run.shards.seal(0, EVAL_PROMPTS, [prompt_to_row(prompt) for prompt in prompts], {})
     start = time.monotonic()
     rows: list[dict[str, Any]] = []
     total = sum(len(request.seeds) for shard, _ in plans for request in shard)
