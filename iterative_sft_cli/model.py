@@ -115,7 +115,8 @@ def load_model(section: Any, *, seed: int = 0, base_dir: Path = Path(".")) -> Lo
         source=section,
         files=files,
         seed=seed,
-        num_parameters=sum(parameter.numel() for parameter in plain.parameters()),
+        num_parameters=sum(header.numel for header in headers.values())  # packed weights do not count themselves
+        or sum(parameter.numel() for parameter in plain.parameters()),
         tensor_dtypes={
             name: getattr(torch, main_dtype({name: header}))
             for name, header in headers.items()

@@ -222,7 +222,7 @@ def _gated(name: str, where: str, error: Any, token: str | None) -> DataError:
             hint=f"accept its licence at {address}, then run `hf auth login` or set HF_TOKEN",
         )
     text = f"{error} {getattr(error, 'server_message', '')}".lower()
-    if "fine-grained" in text or "token settings" in text or "enable access" in text or _status(error) == 401:
+    if "fine-grained" in text or _status(error) == 401:
         return DataError(
             "the model is gated and the token has no right to read gated models",
             where=where,

@@ -272,6 +272,8 @@ def test_only_the_adapter_is_trained_and_saved(folders: dict[str, Path], name: s
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    targets = json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets) and len(targets) > 1
     before, parameters = state(loaded), list(loaded.model.parameters())
     scramble(loaded)
     load_weights_into(loaded, tmp_path / "out")

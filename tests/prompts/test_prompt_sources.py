@@ -62,6 +62,8 @@ def test_gym_seeds_of_prompts_and_eval_must_not_meet() -> None:
     with pytest.raises(DataError, match="share seeds"):
         load_prompts(section(reasoning_gym=gym(size=10, seed=0)), base_dir=Path("."), inherit=trained)
     assert load_prompts(section(reasoning_gym=gym(size=10, seed=100)), base_dir=Path("."), inherit=trained).prompts
+    below = section(reasoning_gym=gym(size=10, seed=200))
+    assert load_prompts(section(reasoning_gym=gym(size=10, seed=0)), base_dir=Path("."), inherit=below).prompts
     other = section(reasoning_gym=gym("spell_backward", size=10))
     assert load_prompts(other, base_dir=Path("."), inherit=trained).prompts
 
