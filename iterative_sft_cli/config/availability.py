@@ -16,19 +16,23 @@ from iterative_sft_cli.config.schema import Config
 NOT_YET: dict[str | tuple[str, Any], str] = {
     "eval.lm_eval": "tasks of lm-evaluation-harness",
     "generate.until_accepted": "drawing until enough samples are accepted",
-    ("generate.engine", "openai"): "engines over HTTP",
-    ("generate.engine", "vllm"): "engines over HTTP",
-    "generate.openai": "engines over HTTP",
-    "generate.vllm": "engines over HTTP",
+    "generate.engine": "engines other than transformers",
+    ("generate.from", "warmup"): "drawing from the warm-up",
+    ("generate.from", list): "several models",
+    "generate.openai": "engines other than transformers",
+    "generate.startup_timeout_s": "engines other than transformers",
+    "generate.timeout_s": "engines other than transformers",
+    "generate.vllm": "engines other than transformers",
     "guards.rollback_if": "conditions over the statistics",
     "guards.stop_if": "conditions over the statistics",
     "rationalize": "a second try with a hint",
     "samples.compress": "compressed samples",
     "samples.keep": "dropping stored samples",
     "tracking": "trackers",
+    ("train.lr_schedule", "continue"): "one learning-rate shape over all rounds",
     "train.parallel": "training over several processes",
 }
-"""A path (any value but the default) or (path, value), and what is missing, in words."""
+"""A path (any value but the default), (path, value) or (path, kind of value), and what is missing, in words."""
 
 
 def unavailable(config: Config) -> Iterator[tuple[tuple[Step, ...], str, str]]:
@@ -40,8 +44,10 @@ def unavailable(config: Config) -> Iterator[tuple[tuple[Step, ...], str, str]]:
         values = value.values if isinstance(value, Schedule) and value.kind == "by_round" else (value,)
         if only is None and value != default:
             yield path, "this key", words
-        elif only is not None and any(one == only for one in values):
-            yield path, show(to_plain(only)), words
+        elif only is not None and any(
+            isinstance(one, only) if isinstance(only, type) else one == only for one in values
+        ):
+            yield path, "a list" if only is list else show(to_plain(only)), words
 
 
 def _value_and_default(config: Config, path: tuple[str, ...]) -> tuple[Any, Any]:

@@ -25,7 +25,7 @@ _FROZEN = """
     prompts.dataset.id prompts.dataset.name prompts.dataset.split prompts.dataset.revision prompts.reasoning_gym.task
     prompts.reasoning_gym.size prompts.reasoning_gym.seed prompts.reasoning_gym.args prompts.use prompts.args prompts.limit
     prompts.prompt prompts.answer.column prompts.answer.pattern prompts.id prompts.level prompts.system prompts.few_shot
-    prompts.template prompts.template_kwargs prompts.per_round prompts.order prompts.skip.solved_at_least prompts.skip.solved_at_most
+    prompts.template prompts.template_kwargs prompts.thinking_tags prompts.per_round prompts.order prompts.skip.solved_at_least prompts.skip.solved_at_most
     prompts.curriculum.start prompts.curriculum.step prompts.curriculum.width prompts.curriculum.promote_if prompts.advance
     generate.until_total generate.budget.kind generate.budget.pilot generate.budget.alpha generate.budget.beta
     generate.search.temperature generate.search.filter generate.search.min generate.search.prompts generate.search.samples_per_prompt
@@ -64,7 +64,7 @@ _TUNABLE = """
     filters[].timeout_s filters[].startup_timeout_s filters[].workers filters[].device filters[].env filters[].memory_gb
     filters[].on_error
     train.micro_batch_tokens train.gradient_checkpointing train.offload train.parallel.type train.parallel.options
-    eval.every eval.bootstrap_samples eval.lm_eval.tasks eval.lm_eval.args
+    eval.every eval.lm_eval.tasks eval.lm_eval.args
     guards.min_accepted guards.min_accept_rate guards.max_truncated_rate guards.on_empty guards.stop_if guards.rollback_if
     guards.max_tokens guards.max_hours
     checkpoints.keep checkpoints.keep_best checkpoints.every_steps checkpoints.every_s samples.compress samples.keep

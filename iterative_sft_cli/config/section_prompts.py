@@ -172,17 +172,19 @@ class PromptsConfig(SourceConfig):
     answer: ColumnSpec | None = None
     """Column with the reference answer, or {column, pattern}; null when the filters need none."""
     id: Text | None = None
-    """Column with a unique name of the prompt; null makes one from the content."""
+    """Column with a unique name of the prompt; null is the number of the row, from 0."""
     level: Text | None = None
     """Column with the difficulty: a number, or text in order; `curriculum` and the statistics use it."""
     system: Text | None = None
     """System message put before every prompt; null for none."""
     few_shot: FewShot | None = None
-    """Worked examples put before every prompt: a .jsonl file of {prompt, completion}, a .txt file put in front as it is, or a list of such mappings."""
+    """Worked examples put before every prompt: a .jsonl, .json or .yaml file of {prompt, completion}, a .txt file put in front as it is, or a list of such mappings."""
     template: Text | None = None
-    """Chat template: null is the tokenizer's own, `none` uses none and joins plain text, else a Jinja file."""
+    """Chat template: null is the tokenizer's own, `none` uses none and joins plain text, else a Jinja file, a Jinja text, or the name of one of the tokenizer's."""
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Values for the template, such as {enable_thinking: false}."""
+    thinking_tags: Annotated[list[Text], Field(min_length=2, max_length=2)] = ["<think>", "</think>"]
+    """What opens and what closes a thinking block in completions."""
     per_round: Scheduled[Annotated[PerRound, BeforeValidator(_per_round)]] = "all"
     """How many prompts each round takes: all, a number, or a fraction of them."""
     order: Scheduled[Literal["shuffle", "sequential", "curriculum", "hardest_first", "adaptive"]] = "shuffle"
@@ -261,8 +263,6 @@ class EvalConfig(SourceConfig):
     """Also run tasks of lm-evaluation-harness after each evaluated round."""
     rank_by: Text | None = None
     """Name of the per-sample filter whose score ranks answers for best@k; it then also runs in the evaluation. Null reports no best@k."""
-    bootstrap_samples: CountFromZero = 1000
-    """Resamples for the confidence intervals; 0 reports none."""
 
     @model_validator(mode="after")
     def _report_the_metric(self) -> EvalConfig:

@@ -67,8 +67,8 @@ class SeedDataConfig(Section):
     """Column with the question."""
     completion: Text = "completion"
     """Column with the text to learn."""
-    messages: Text = "messages"
-    """Column with chat messages, read instead of `prompt` and `completion` where the data has it; the assistant's are learned."""
+    messages: Text | None = None
+    """Column with chat messages, read instead of `prompt` and `completion`; the assistant's are learned. Null reads those two."""
     limit: Count | None = None
     """Take only the first so many rows; null takes all."""
 

@@ -48,7 +48,7 @@ def test_a_config_full_of_mistakes_too(tmp_path: Path) -> None:
 def test_names_of_plug_ins_are_looked_up_without_importing_them(tmp_path: Path) -> None:
     said, _, _, heavy = run(
         write(tmp_path),
-        "generate.engine=nobody:Engine",
+        "prompts.use=nobody:rows",
         "train.objective=nobody:loss",
         "filters=[nobody:f]",
         "eval=null",
