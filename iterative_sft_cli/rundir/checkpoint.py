@@ -1,8 +1,7 @@
 """Checkpoints: a folder that is complete, verified and durable from the instant its name appears.
 
-Three manifests vouch for a folder: `MANIFEST.json` for the model and `state.json` (and the length of the logs at that
-moment), `state/MANIFEST.json` for optimizer and masters, `run/MANIFEST.json` for copies of the run's small files, from
-which recovery mends them.
+`MANIFEST.json` vouches for the model, `state.json` and the length of the logs at that moment, `state/MANIFEST.json` for
+optimizer and masters; `run.json` carries copies of the run's small files, from which recovery mends them.
 """
 
 from __future__ import annotations
@@ -10,15 +9,23 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir.fs import FileSystem, read_bytes
-from iterative_sft_cli.rundir.integrity import Damage, Stamp, check_files, parse_document, read_document, stamp_bytes
-from iterative_sft_cli.rundir.layout import FORMAT, MANIFEST, RUN_FOLDER, STATE, STATE_FOLDER
+from iterative_sft_cli.rundir.integrity import (
+    Damage,
+    Stamp,
+    check_files,
+    parse_document,
+    read_document,
+    render_document,
+    stamp_bytes,
+)
+from iterative_sft_cli.rundir.layout import COPIES, FORMAT, MANIFEST, STATE, STATE_FOLDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +92,28 @@ def check_group(folder: Path, key: str, bound: Mapping[str, Any] | None = None) 
     return dict(manifest["files"])
 
 
+def render_copies(key: str, files: Mapping[str, bytes], shards: Sequence[str]) -> bytes:
+    """`run.json`: copies of the run's small files, whole, and the names of the shards that are there."""
+    # bytes that are no UTF-8 come back as they were
+    texts = {name: data.decode("utf-8", "surrogateescape") for name, data in files.items()}
+    return render_document({"key": key, "files": texts, "shards": list(shards)})
+
+
+def read_copies(checkpoint: Path) -> tuple[dict[str, bytes], list[str]]:
+    """(files, shards) as they were at the commit. Raises Damage."""
+    content = read_document(checkpoint / COPIES)
+    if content.get("key") != checkpoint.name:
+        raise Damage(checkpoint / COPIES, f"of checkpoint {content.get('key')}")
+    files = {name: text.encode("utf-8", "surrogateescape") for name, text in content["files"].items()}
+    return files, list(content["shards"])
+
+
 def read_copy(checkpoint: Path, name: str) -> bytes | None:
-    """The verified copy of the run's small file `name` in a checkpoint; None when there is none or it is damaged."""
+    """The copy of one small file in a checkpoint; None when there is none or it is damaged."""
     try:
-        files = read_document(checkpoint / RUN_FOLDER / MANIFEST)
-        data = read_bytes(checkpoint / RUN_FOLDER / name)
+        return read_copies(checkpoint)[0].get(name)
     except Damage:
         return None
-    listed = files["files"].get(name)
-    return data if data is not None and listed == stamp_bytes(data).to_json() else None
 
 
 def walk_files(folder: Path) -> Iterator[Path]:

@@ -14,17 +14,24 @@ from typing import Any
 
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import layout
-from iterative_sft_cli.rundir.checkpoint import Checkpoint, load_checkpoint, same_mode, walk_files, walk_folders
+from iterative_sft_cli.rundir.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    render_copies,
+    same_mode,
+    walk_files,
+    walk_folders,
+)
 from iterative_sft_cli.rundir.fs import TEMP_PREFIX, FileSystem, foreign_error, read_bytes
 from iterative_sft_cli.rundir.integrity import Damage, Stamp, render_document, stamp_bytes, stamp_files
-from iterative_sft_cli.rundir.layout import CHECKPOINTS, MANIFEST, RUN_FOLDER, STATE, STATE_FOLDER, parse_key
+from iterative_sft_cli.rundir.layout import CHECKPOINTS, COPIES, MANIFEST, STATE, STATE_FOLDER, parse_key
 from iterative_sft_cli.rundir.ledger import AppendLog
 from iterative_sft_cli.rundir.quarantine import Quarantine
 from iterative_sft_cli.rundir.retention import Policy, kept_keys, stateless_keys
-from iterative_sft_cli.rundir.seal import all_shards
+from iterative_sft_cli.rundir.seal import Shards
 
 COPIED = (layout.MARKER, *layout.RECORDS)
-"""The small files every checkpoint carries a copy of, beside the logs and the list of shards."""
+"""The small files that every checkpoint carries a copy of, beside the two logs."""
 
 
 class PendingCommit:
@@ -68,15 +75,18 @@ class Checkpoints:
         quarantine: Quarantine,
         ledger: AppendLog,
         stats: AppendLog,
+        shards: Shards,
         newest: Checkpoint | None,
     ) -> None:
+        self._shards = shards
         self._run = run
         self._folder = run / CHECKPOINTS
         self._fs = fs
         self._quarantine = quarantine
         self._logs = {"ledger": ledger, "stats": stats}
         self._newest = newest
-        self._policy = Policy()
+        self._policy: Policy | None = None
+        self._prune_due = False
         self._needs_state = True
         self._pending: PendingCommit | None = None
 
@@ -106,10 +116,15 @@ class Checkpoints:
             return None
 
     def retain(self, keep: int, best: str | None = None, needs_state: bool = True) -> None:
-        """Set what stays after each later commit: `keep` whole rounds, and `best`. Without `needs_state` a whole round's `state/` is not kept at
-        all. Raises ValueError for a `keep` under 1."""
+        """Set what stays, now and after each later commit: `keep` whole rounds, and `best`. Until the first call nothing is removed.
+
+        Without `needs_state` a whole round's `state/` is not kept at all. Raises ValueError for a `keep` under 1.
+        """
         self._policy = Policy(keep, best)
         self._needs_state = needs_state
+        self._prune_due = True
+        if self._pending is None:
+            self.wait()
 
     def drop_partial(self, round_index: int, keep: str | None = None) -> None:
         """Remove the saves inside a round, but for `keep` and the newest checkpoint. (A commit does so by itself for all that is older.)"""
@@ -139,6 +154,9 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+        if self._prune_due:
+            self._prune_due = False
+            self._prune()
 
     def _start(
         self, key: str, write: Callable[[Path], None], state: Mapping[str, Any], *, background: bool
@@ -165,7 +183,7 @@ class Checkpoints:
             text = json.dumps(state, indent=1, sort_keys=True, allow_nan=False) + "\n"
             self._fs.create(temp / STATE, text.encode("ascii"), sync=None)
             stamps = {name: log.stamp() for name, log in self._logs.items()}
-            self._copy_records(temp / RUN_FOLDER, stamps)
+            self._fs.create(temp / COPIES, self._copies(key, stamps), sync=None)
         except Exception as error:
             self._fs.discard(temp)
             needed = self._newest.size if self._newest else None
@@ -177,17 +195,11 @@ class Checkpoints:
         self._pending = pending if background else None
         return pending
 
-    def _copy_records(self, folder: Path, stamps: Mapping[str, Stamp]) -> None:
-        self._fs.mkdir(folder)
-        for name in COPIED:
-            data = read_bytes(self._run / name)
-            if data is not None:
-                self._fs.create(folder / name, data, sync=None)
+    def _copies(self, key: str, stamps: Mapping[str, Stamp]) -> bytes:
+        files = {name: data for name in COPIED if (data := read_bytes(self._run / name)) is not None}
         for name, log in self._logs.items():
-            data = (read_bytes(log.path) or b"")[: stamps[name].size]
-            self._fs.create(folder / log.path.name, data, sync=None)
-        listed = json.dumps(all_shards(self._run), indent=0) + "\n"
-        self._fs.create(folder / layout.SHARDS, listed.encode("ascii"), sync=None)
+            files[log.path.name] = (read_bytes(log.path) or b"")[: stamps[name].size]
+        return render_copies(key, files, self._shards.listed())
 
     def _finish(self, key: str, temp: Path, final: Path, stamps: Mapping[str, Stamp]) -> None:
         try:
@@ -200,7 +212,7 @@ class Checkpoints:
         self._fs.acknowledge(final, f"checkpoint {key}")
         state = json.loads(read_bytes(final / STATE) or b"{}")
         self._newest = Checkpoint(key, final, state, manifest["state"] is not None, True, manifest)
-        self.prune()
+        self._prune()
 
     def _seal_folder(self, key: str, temp: Path, stamps: Mapping[str, Stamp]) -> dict[str, Any]:
         for name, log in self._logs.items():
@@ -211,24 +223,26 @@ class Checkpoints:
         for path in files:
             self._fs.sync_file(path, "checkpoint.data")
 
-        def group(folder: Path, skip: tuple[Path, ...] = ()) -> dict[str, Any]:
-            inside = {
-                path.relative_to(folder).as_posix(): stamp.to_json()
-                for path, stamp in found.items()
-                if path.is_relative_to(folder) and not any(path.is_relative_to(other) for other in skip)
-            }
-            return {"key": key, "files": inside}
-
+        listed = {path.relative_to(temp).as_posix(): stamp.to_json() for path, stamp in found.items()}
+        inner = {
+            name.removeprefix(f"{STATE_FOLDER}/"): entry
+            for name, entry in listed.items()
+            if name.startswith(f"{STATE_FOLDER}/")
+        }
         bound = None
-        for name in (STATE_FOLDER, RUN_FOLDER):
-            if (temp / name).is_dir():
-                data = render_document(group(temp / name))
-                self._fs.create(temp / name / MANIFEST, data, sync="checkpoint.manifest")
-                bound = stamp_bytes(data).to_json() if name == STATE_FOLDER else bound
+        if (temp / STATE_FOLDER).is_dir():
+            data = render_document({"key": key, "files": inner})
+            self._fs.create(temp / STATE_FOLDER / MANIFEST, data, sync="checkpoint.manifest")
+            bound = stamp_bytes(data).to_json()
+        # neither `state/`, which is pruned before the model, nor the copies, which differ from machine to machine
+        model = {
+            name: entry for name, entry in listed.items() if name != COPIES and not name.startswith(f"{STATE_FOLDER}/")
+        }
         manifest = {
-            **group(temp, (temp / STATE_FOLDER, temp / RUN_FOLDER)),
             "format": layout.FORMAT,
+            "key": key,
             "parent": self._parent(key),
+            "files": model,
             "state": bound,
             **{name: stamp.to_json() for name, stamp in stamps.items()},
         }
@@ -246,8 +260,9 @@ class Checkpoints:
         ]
         return older[-1] if older else None
 
-    def prune(self) -> None:
-        """Remove what the policy does not keep; the newest checkpoint always stays."""
+    def _prune(self) -> None:
+        if self._policy is None:
+            return
         keys = layout.checkpoint_keys(self._run)
         kept = kept_keys(keys, self._policy)
         for key in keys:

@@ -26,8 +26,7 @@ QUARANTINE = "quarantine"
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 STATE_FOLDER = "state"
-RUN_FOLDER = "run"
-SHARDS = "shards.json"
+COPIES = "run.json"
 
 WHOLE_ROUND = 1 << 40
 """The step that a checkpoint after a whole round sorts by: behind every save inside the round."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -10,12 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.errors import DataError, StorageError
 from iterative_sft_cli.rundir import system
 from iterative_sft_cli.rundir.fs import FileSystem, read_bytes
 
 PATIENCE_S = 1.0
 """How long a loser waits for the winner to have written its name."""
+
+_held: set[int] = set()
+system.close_in_children(_held)
 
 
 class RunLock:
@@ -24,6 +28,8 @@ class RunLock:
     def __init__(self, path: Path, fs: FileSystem) -> None:
         """Take it. Raises DataError naming the holder when another process has it."""
         self.path = path
+        self._fs = fs
+        self._held = False
         self._fd = fs.open_lock(path)
         try:
             if not system.try_lock(self._fd):
@@ -32,15 +38,20 @@ class RunLock:
                     where=str(path.parent),
                     hint="wait for it, stop it, or choose another output_dir; the lock is free as soon as that process has ended",
                 )
-            system.close_in_children(self._fd)
+            self._held = True
+            _held.add(self._fd)
             fs.replace_text(self._fd, path, _me())
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Free the lock."""
+        """Free the lock, its text emptied first so that nobody is told of a holder that has gone."""
         if self._fd >= 0:
+            if self._held:
+                with contextlib.suppress(StorageError):
+                    self._fs.replace_text(self._fd, self.path, b"")
+            _held.discard(self._fd)
             os.close(self._fd)
             self._fd = -1
 

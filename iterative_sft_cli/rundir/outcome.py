@@ -10,6 +10,7 @@ from iterative_sft_cli.rundir.fs import FileSystem, read_bytes
 from iterative_sft_cli.rundir.integrity import Damage, Stamp, read_document, render_document, stamp_bytes
 from iterative_sft_cli.rundir.layout import LEDGER, OUTCOME, STATS, checkpoint_keys
 from iterative_sft_cli.rundir.ledger import AppendLog
+from iterative_sft_cli.rundir.seal import Shards
 
 
 def write_outcome(
@@ -22,6 +23,7 @@ def write_outcome(
     newest: Checkpoint | None,
     ledger: AppendLog,
     stats: AppendLog,
+    shards: Shards,
 ) -> None:
     """Publish the outcome; with code 0 the logs are synced first, so that "complete" survives a power cut."""
     if code == 0:
@@ -29,6 +31,7 @@ def write_outcome(
         stats.sync("stats.data")
     document = render_document(
         {
+            "shards": shards.listed(),
             "code": code,
             "reason": reason,
             "next_command": next_command,

@@ -28,12 +28,13 @@ def try_lock(fd: int) -> bool:
     return True
 
 
-def close_in_children(fd: int) -> None:
-    """See to it that a child made by fork drops `fd`, so that it cannot keep a dead parent's lock."""
+def close_in_children(fds: set[int]) -> None:
+    """See to it that a child made by fork drops the descriptors that are in `fds` then, so that it cannot keep a dead parent's lock."""
 
     def drop() -> None:
-        with contextlib.suppress(OSError):
-            os.close(fd)
+        while fds:
+            with contextlib.suppress(OSError):
+                os.close(fds.pop())
 
     os.register_at_fork(after_in_child=drop)
 

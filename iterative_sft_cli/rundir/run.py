@@ -14,10 +14,10 @@ import yaml
 
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import layout
-from iterative_sft_cli.rundir.checkpoint import Checkpoint
+from iterative_sft_cli.rundir.checkpoint import Checkpoint, read_copies
 from iterative_sft_cli.rundir.commit import Checkpoints
 from iterative_sft_cli.rundir.fs import FileSystem, read_bytes
-from iterative_sft_cli.rundir.integrity import render_document, stamp_bytes
+from iterative_sft_cli.rundir.integrity import Damage, render_document, stamp_bytes
 from iterative_sft_cli.rundir.ledger import AppendLog, Telemetry
 from iterative_sft_cli.rundir.lock import RunLock
 from iterative_sft_cli.rundir.outcome import write_outcome
@@ -59,7 +59,10 @@ class RunDir:
             undo.pop_all()
         self.telemetry = Telemetry(path / layout.TELEMETRY, fs)
         self.shards = Shards(path, fs, quarantine)
-        self.checkpoints = Checkpoints(path, fs, quarantine, self.ledger, self.stats, newest)
+        if newest is not None:
+            with contextlib.suppress(Damage):
+                self.shards.expected.update(read_copies(newest.path)[1])
+        self.checkpoints = Checkpoints(path, fs, quarantine, self.ledger, self.stats, self.shards, newest)
         self.shards.before_seal = self.checkpoints.wait
 
     @classmethod
@@ -122,6 +125,10 @@ class RunDir:
             undo.callback(lock.close)
             quarantine = Quarantine(path, fs)
             marker = mend_marker(path, fs, quarantine)
+            if (path / layout.OUTCOME).exists():
+                # gone for good before anything else changes: an outcome never speaks of what came after it
+                fs.unlink(path / layout.OUTCOME)
+                fs.sync_dir(path, "outcome.gone")
             mend_records(path, fs, quarantine, marker)
             for name in (layout.ROUNDS, layout.CHECKPOINTS):
                 fs.make_dirs(path / name, "run.dir")
@@ -129,8 +136,6 @@ class RunDir:
             newest = choose(path, quarantine)
             for file in (layout.LEDGER, layout.STATS):
                 settle_log(path, fs, quarantine, file, newest)
-            if (path / layout.OUTCOME).exists():
-                fs.unlink(path / layout.OUTCOME)
             run = cls(path, fs, lock, marker, quarantine, newest)
             undo.pop_all()
         return run
@@ -178,7 +183,7 @@ class RunDir:
         # the marker first, allowing both: neither file is ever one that it does not know
         _publish_marker(self.path, self._fs, self._marker)
         for name, data in records.items():
-            self._fs.publish(self.path / name, data, data_label="record.data", dir_label="record.dir")
+            self._fs.publish(self.path / name, data, data_label="record.data", dir_label=None)
 
     def outcome(self, code: int, reason: str, next_command: str) -> bool:
         """Write `outcome.json`. With code 0 the run is complete from here on and any failure is raised; with another code, which is on its way to
@@ -193,6 +198,7 @@ class RunDir:
                 newest=self.checkpoints.newest(),
                 ledger=self.ledger,
                 stats=self.stats,
+                shards=self.shards,
             )
         except DataError:
             if code == 0:

@@ -16,7 +16,7 @@ from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import jsonl
 from iterative_sft_cli.rundir.fs import TEMP_PREFIX, FileSystem, list_names, read_bytes
 from iterative_sft_cli.rundir.integrity import Damage, parse_document, render_document, stamp_bytes
-from iterative_sft_cli.rundir.layout import ROUNDS, check_name, round_folder
+from iterative_sft_cli.rundir.layout import ROUNDS, check_name, is_temp, round_folder
 from iterative_sft_cli.rundir.quarantine import Quarantine
 
 SEAL = ".seal.json"
@@ -44,7 +44,8 @@ class ShardReader:
 
 
 class Shards:
-    """The writer's side. `compress` makes new shards `.jsonl.gz`; `before_seal` is called before one is published."""
+    """The writer's side. `compress` makes new shards `.jsonl.gz`; `before_seal` is called before one is published; `expected` names those that were
+    there at the newest checkpoint."""
 
     def __init__(self, run: Path, fs: FileSystem, quarantine: Quarantine) -> None:
         self._run = run
@@ -52,6 +53,7 @@ class Shards:
         self._quarantine = quarantine
         self.compress = False
         self.before_seal: Callable[[], None] = lambda: None
+        self.expected: set[str] = set()
 
     def seal(self, round_index: int, name: str, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
         """Publish a shard: on return it survives a power cut. Raises DataError when one of that name is there already, ValueError or TypeError
@@ -82,7 +84,7 @@ class Shards:
             self._fs.unlink(temp)
         try:
             self._fs.create(temp, data, sync="shard.data")
-            self._fs.publish(folder / (name + SEAL), seal, data_label="seal.data", dir_label="seal.dir")
+            self._fs.publish(folder / (name + SEAL), seal, data_label="seal.data", dir_label=None)
         except BaseException:
             self._fs.discard(temp)
             raise
@@ -104,8 +106,13 @@ class Shards:
         """The shards of a round that have both their files and whose name begins with `prefix`, sorted; not verified."""
         return shard_names(round_folder(self._run, round_index), prefix)
 
+    def listed(self) -> list[str]:
+        """`0001/generated-00000` for every shard that is there, or ought to be: one that was lost stays on the list for `isft verify` to tell."""
+        return sorted(self.expected.union(all_shards(self._run)))
+
     def discard(self, round_index: int, name: str, reason: str) -> None:
         """Move a shard and its seal to quarantine, so that it is made again."""
+        self.expected.discard(f"{round_index:04d}/{name}")
         folder = round_folder(self._run, round_index)
         # the shard first: what a crash leaves in between is a seal without shard, which means "make it again"
         for suffix in (*SUFFIXES, SEAL):
@@ -120,7 +127,12 @@ def shard_names(folder: Path, prefix: str) -> list[str]:
     found = []
     for entry in present:
         name = entry.removesuffix(SEAL)
-        if name != entry and name.startswith(prefix) and any(name + suffix in present for suffix in SUFFIXES):
+        if (
+            name != entry
+            and not is_temp(name)
+            and name.startswith(prefix)
+            and any(name + suffix in present for suffix in SUFFIXES)
+        ):
             found.append(name)
     return sorted(found)
 

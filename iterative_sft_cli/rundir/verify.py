@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import jsonl, layout
-from iterative_sft_cli.rundir.checkpoint import Checkpoint, check_group, load_checkpoint, read_copy
+from iterative_sft_cli.rundir.checkpoint import Checkpoint, load_checkpoint, read_copies
 from iterative_sft_cli.rundir.fs import list_names, read_bytes
 from iterative_sft_cli.rundir.integrity import Damage, read_document, stamp_bytes
+from iterative_sft_cli.rundir.outcome import is_finished, read_outcome
 from iterative_sft_cli.rundir.recovery import Marker, read_marker, record_fits
 from iterative_sft_cli.rundir.retention import NUM_WITH_STATE
 from iterative_sft_cli.rundir.seal import SEAL, SUFFIXES, all_shards, read_shard, shard_names
@@ -59,7 +60,9 @@ def _findings(run: Path) -> Iterator[Finding]:
     yield from _shards(run, healthy)
     if (run / layout.OUTCOME).exists():
         try:
-            read_document(run / layout.OUTCOME)
+            outcome = read_document(run / layout.OUTCOME)
+            if outcome.get("code") == 0 and not is_finished(run, outcome):
+                yield Finding(layout.OUTCOME, "it says complete, but checkpoints or logs are not those of that moment")
         except Damage as damage:
             yield _damaged(run, damage)
     yield from _quarantine(run)
@@ -89,7 +92,12 @@ def _checkpoint(run: Path, key: str, healthy: list[Checkpoint], *, newest: bool)
     if found.manifest["state"] is not None and not found.has_state and newest:
         yield Finding(f"{layout.CHECKPOINTS}/{key}/{layout.STATE_FOLDER}", "missing")
     try:
-        check_group(path / layout.RUN_FOLDER, key)
+        files, _ = read_copies(path)
+        for file in (layout.LEDGER, layout.STATS):
+            if stamp_bytes(files.get(file, b"")) != found.log_stamp(Path(file).stem):
+                yield Finding(
+                    f"{layout.CHECKPOINTS}/{key}/{layout.COPIES}", f"its copy of {file} is not the one recorded"
+                )
     except Damage as damage:
         yield _damaged(run, damage)
 
@@ -130,11 +138,20 @@ def _shards(run: Path, healthy: list[Checkpoint]) -> Iterator[Finding]:
             if stem is not None and stem not in sealed and not layout.is_temp(entry):
                 problem = "a seal without its shard" if entry.endswith(SEAL) else "a shard without its seal"
                 yield Finding(f"{layout.ROUNDS}/{number}/{entry}", problem, damage=False)
-    listed = read_copy(healthy[-1].path, layout.SHARDS) if healthy else None
     present = set(all_shards(run))
-    for name in json.loads(listed) if listed else []:
-        if name not in present:
-            yield Finding(f"{layout.ROUNDS}/{name}", "missing or torn, although a checkpoint was built on it")
+    for name in sorted(set(_shards_once_there(run, healthy)) - present):
+        yield Finding(
+            f"{layout.ROUNDS}/{name}",
+            "missing or torn; it was whole when the newest checkpoint or the outcome was written",
+        )
+
+
+def _shards_once_there(run: Path, healthy: list[Checkpoint]) -> Iterator[str]:
+    """What the newest checkpoint, and the outcome of a complete run, list."""
+    with contextlib.suppress(Damage):
+        yield from read_copies(healthy[-1].path)[1] if healthy else []
+    outcome = read_outcome(run)
+    yield from outcome["shards"] if outcome is not None else []
 
 
 def _quarantine(run: Path) -> Iterator[Finding]:

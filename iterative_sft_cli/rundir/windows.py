@@ -35,7 +35,7 @@ def try_lock(fd: int) -> bool:
     return True
 
 
-def close_in_children(fd: int) -> None:
+def close_in_children(fds: set[int]) -> None:
     """Nothing to do: Windows has no fork, and `O_NOINHERIT` keeps the descriptor out of new processes."""
 
 

@@ -1,0 +1,101 @@
+"""What the crash suites share: hooks that count, kill and fail, the tally, and the question whether a run ended right."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import toy_loop
+
+from iterative_sft_cli.rundir import fs, verify
+
+
+@dataclass
+class Tally:
+    """How many trials of a suite there were, and a line for each that broke the promise."""
+
+    trials: int = 0
+    wrong: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def fail(self, text: str) -> None:
+        self.wrong.append(text)
+
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside one process: from then on the hook lets nothing more happen."""
+
+
+@contextlib.contextmanager
+def hooked(hook: fs.Hook | None) -> Iterator[None]:
+    before, fs.hook = fs.hook, hook
+    try:
+        yield
+    finally:
+        fs.hook = before
+
+
+class CountOps:
+    """A hook that only counts the operations that change something."""
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def __call__(self, op: fs.Op) -> None:
+        if op.kind != "ack":
+            self.kinds.append(op.kind)
+
+
+class KillAt:
+    """Ends the process (raises `Killed`) before operation `at`, and at every later one."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, op: fs.Op) -> None:
+        if op.kind == "ack":
+            return
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+
+
+class FailAt:
+    """Answers operation `at` with an error of the operating system."""
+
+    def __init__(self, at: int, code: int) -> None:
+        self.left, self.code = at, code
+        self.met: fs.Op | None = None
+
+    def __call__(self, op: fs.Op) -> None:
+        if op.kind == "ack":
+            return
+        self.left -= 1
+        if self.left == -1:
+            self.met = op
+            raise OSError(self.code, "injected")
+
+
+def empty(path: Path) -> Path:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def finish(run: Path, gold: dict[str, str]) -> str | None:
+    """Start once more, to the end; what is wrong then, None when nothing is."""
+    try:
+        toy_loop.train(run)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
+        return f"the next start failed: {type(error).__name__}: {error}"
+    found = toy_loop.contents(run)
+    if found != gold:
+        return f"other bytes in {sorted(name for name in found | gold if found.get(name) != gold.get(name))[:4]}"
+    bad = [finding for finding in verify(run) if finding.damage]
+    return f"verify: {bad[:2]}" if bad else None
