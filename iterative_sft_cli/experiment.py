@@ -5,26 +5,26 @@ Everything that can be wrong is found before the model loads; whatever happens l
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli import __version__
-from iterative_sft_cli.config import LoadedConfig, diff_configs, load_config
+from iterative_sft_cli.config import LoadedConfig, load_config
 from iterative_sft_cli.console import Console, safe_text
 from iterative_sft_cli.errors import EXIT_OK, ConfigError, DataError, IsftError
 from iterative_sft_cli.filters import ResolvedFilter, resolve_filters
 from iterative_sft_cli.guards import best_round
 from iterative_sft_cli.prompts import PromptSet, content_key, load_prompts, num_per_round
+from iterative_sft_cli.resume import check_choice, check_drift, is_complete, is_untouched, settle
 from iterative_sft_cli.rounds.weights import ResumePoint, round_key
 from iterative_sft_cli.rundir import RunDir, RunView
 from iterative_sft_cli.signals import StopRequests
-
-RESUME_CHOICES = ("auto", "never", "must")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +64,30 @@ def run_experiment(
     if found is not None:
         loaded = loaded.continuing(found.resolved)
     command = command or f"isft train {shlex.quote(str(loaded.path))}"
+    after = f"isft show {shlex.quote(str(path))}"
+    check_choice(found, path, resume)
     filters = resolve_filters(loaded.config.filters, base_dir=loaded.base_dir)
-    done = already_complete(path, loaded, resume)
-    if done is not None:
+    if is_complete(found, loaded, allow_change):
         view.note(f"{safe_text(path)}: complete, {loaded.config.rounds} rounds; nothing to do")
         say_last_lines(view, path, loaded)
-        return done
+        return Outcome(EXIT_OK, "complete", path, after)
     prompts, eval_prompts = read_prompts(loaded)
-    with StopRequests(command) as stop, open_run(path, loaded, resume, filters, allow_change) as run:
+    last_code = found.outcome.get("code") if found is not None and found.outcome else None
+    run, drift = open_run(path, loaded, found, allow_change)
+    with StopRequests(command) as stop, run:
         try:
-            run_loop(run, loaded, filters, prompts, eval_prompts, view, stop.check, grace_s, allow_change)
+            stages = build_run(run, loaded, filters, prompts, eval_prompts, view, stop.check)
+            stages.grace_s = grace_s
+            facts = describe_environment(loaded, content_hashes(stages, prompts, eval_prompts, filters))
+            stages.changes = settle(run, loaded, facts, drift=drift, allow_change=allow_change, last_code=last_code)
+            announce(stages, loaded, view)
+            run_stages(stages)
         except IsftError as error:
             run.outcome(error.exit_code, error.render(), command)
             raise
         except BaseException as error:
             run.outcome(1, f"{type(error).__name__}: {error}", command)
             raise
-        after = f"isft show {shlex.quote(str(path))}"
         run.outcome(EXIT_OK, "complete", after)
     say_last_lines(view, path, loaded)
     return Outcome(EXIT_OK, "complete", path, after)
@@ -116,46 +123,6 @@ def limited(loaded: LoadedConfig, limit: int) -> LoadedConfig:
     return loaded.with_overrides(overrides)
 
 
-def already_complete(path: Path, loaded: LoadedConfig, resume: str) -> Outcome | None:
-    """The outcome of a finished run whose config asks for no further round; nothing is written to find out."""
-    if resume not in RESUME_CHOICES:
-        raise ConfigError(f"--resume {resume}: expected one of {', '.join(RESUME_CHOICES)}")
-    found = RunDir.peek(path)
-    if found is None:
-        if resume == "must":
-            raise ConfigError(f"{path}: no run to resume", hint="run without --resume must to start it")
-        return None
-    if resume == "never":
-        raise ConfigError(
-            f"{path}: a run is there already",
-            hint="choose another folder with --output-dir, or leave out --resume never to go on with it",
-        )
-    if found.finished and found.resolved.get("rounds") == loaded.merged.get("rounds"):
-        check_drift(found.resolved, loaded, ())
-        return Outcome(EXIT_OK, "complete", path, f"isft show {shlex.quote(str(path))}")
-    return None
-
-
-def check_drift(before: dict[str, Any], loaded: LoadedConfig, allow_change: Sequence[str]) -> list[Any]:
-    """The changes between the stored config and this one that a resumed run takes on; raises ConfigError for frozen ones."""
-    drifts = diff_configs(before, loaded.merged)
-    frozen = [d for d in drifts if d.cls == "frozen" and not any(is_under(d.path, key) for key in allow_change)]
-    if frozen:
-        lines = [f"{d.path}: was {d.old!r}, is {d.new!r}" for d in frozen]
-        keys = " ".join(f"--allow-change {d.path}" for d in frozen[:3])
-        raise ConfigError(
-            "the config differs from the run that is there",
-            problems=[f"{loaded.path}: differs from the run in {loaded.config.output_dir}:", *lines],
-            hint=f"undo the change, start another run with --output-dir DIR, or accept it with {keys}",
-        )
-    return [d for d in drifts if d.cls == "tunable" or d.cls == "frozen"]
-
-
-def is_under(path: str, key: str) -> bool:
-    """Whether a config path is `key` or lies below it."""
-    return path == key or path.startswith((f"{key}.", f"{key}["))
-
-
 def read_prompts(loaded: LoadedConfig) -> tuple[PromptSet, PromptSet | None]:
     """Training and eval prompts; raises DataError when an eval prompt is also trained on."""
     config = loaded.config
@@ -176,46 +143,13 @@ def read_prompts(loaded: LoadedConfig) -> tuple[PromptSet, PromptSet | None]:
 
 
 def open_run(
-    path: Path, loaded: LoadedConfig, resume: str, filters: Sequence[ResolvedFilter], allow_change: Sequence[str]
-) -> RunDir:
-    """The run directory, made or opened and recovered, its config compared with this one."""
-    found = RunDir.peek(path)
+    path: Path, loaded: LoadedConfig, found: RunView | None, allow_change: Sequence[str]
+) -> tuple[RunDir, list[dict[str, Any]]]:
+    """The run directory, made or opened and recovered; and the changes of the config that it takes on."""
     if found is None:
-        return RunDir.create(path, config_source=loaded.source, resolved=loaded.merged, environment={})
-    if not is_untouched(found):
-        check_drift(found.resolved, loaded, allow_change)
-    return RunDir.open(path)
-
-
-def is_untouched(run: RunDir | RunView) -> bool:
-    """Whether nothing was generated or trained yet: then nothing is frozen."""
-    found = RunDir.peek(run.path)
-    return found is None or (not found.keys and not found.rounds)
-
-
-def check_same(run: RunDir, loaded: LoadedConfig, facts: dict[str, Any], allow_change: Sequence[str]) -> None:
-    """Compare data, plug-in sources and base model with what the run began with; raises ConfigError when they differ.
-
-    Records the facts of a new run, and a config that changed in ways that may change.
-    """
-    before = {} if is_untouched(run) else run.environment
-    if before:
-        for key, what in (
-            ("model", "the base model's files"),
-            ("prompts", "the prompt file"),
-            ("eval", "the eval prompt file"),
-            ("filters", "a filter's source"),
-        ):
-            if before.get(key) != facts.get(key) and key not in allow_change:
-                raise ConfigError(
-                    f"{what} changed since this run began",
-                    where=key,
-                    hint=f"restore it, start another run with --output-dir DIR, or accept the change with --allow-change {key}",
-                )
-    if not before or allow_change:
-        run.write_environment(facts)
-    if run.resolved != loaded.merged:
-        run.write_config(loaded.source, loaded.merged)
+        return RunDir.create(path, config_source=loaded.source, resolved=loaded.merged, environment={}), []
+    drift = [] if is_untouched(found) else check_drift(found.resolved, loaded, allow_change)
+    return RunDir.open(path), drift
 
 
 def describe_environment(loaded: LoadedConfig, hashes: dict[str, Any]) -> dict[str, Any]:
@@ -234,53 +168,58 @@ def describe_environment(loaded: LoadedConfig, hashes: dict[str, Any]) -> dict[s
         "platform": platform.platform(),
         "machine": platform.machine(),
         "versions": versions,
+        "threads": os.environ.get("OMP_NUM_THREADS") or os.cpu_count(),
         "seed": loaded.config.seed,
         "config_dir": str(loaded.base_dir.resolve()),
         **hashes,
     }
 
 
-def run_loop(
-    run: RunDir,
-    loaded: LoadedConfig,
-    filters: Sequence[ResolvedFilter],
-    prompts: PromptSet,
-    eval_prompts: PromptSet | None,
-    view: Console,
-    stop: Callable[[], None],
-    grace_s: float | None,
-    allow_change: Sequence[str],
-) -> None:
-    """Build the stages and run the rounds that are left."""
-    from iterative_sft_cli.build import build_stages
-    from iterative_sft_cli.loop import run_rounds
-
-    config = loaded.config
-    stages = build_stages(loaded, run, filters, prompts, eval_prompts, view, stop)
-    stages.grace_s = grace_s
-    hashes = {
+def content_hashes(
+    stages: Any, prompts: PromptSet, eval_prompts: PromptSet | None, filters: Sequence[ResolvedFilter]
+) -> dict[str, Any]:
+    """Content hashes of what a run depends on beside its config."""
+    return {
         "model": stages.base_hash,
         "prompts": prompts.sha256,
         "eval": eval_prompts.sha256 if eval_prompts else None,
         "filters": {one.name: one.source_hash for one in filters},
     }
-    check_same(run, loaded, describe_environment(loaded, hashes), allow_change)
+
+
+def build_run(*parts: Any) -> Any:
+    """`build.build_stages`, imported when a model is needed."""
+    from iterative_sft_cli.build import build_stages
+
+    run, loaded, filters, prompts, eval_prompts, view, stop = parts
+    return build_stages(loaded, run, filters, prompts, eval_prompts, view, stop)
+
+
+def run_stages(stages: Any) -> None:
+    """`loop.run_rounds`, imported when a model is there."""
+    from iterative_sft_cli.loop import run_rounds
+
+    run_rounds(stages)
+
+
+def announce(stages: Any, loaded: LoadedConfig, view: Console) -> None:
+    """Tell the view where the run stands and how much work is left."""
+    config, run = loaded.config, stages.run
     point = ResumePoint.of(run.checkpoints.newest())
     for row in run.stats.rows():
         view.earlier_round(row)
     if point.key is not None:
         view.note(f"going on from checkpoints/{point.key}")
-    per_prompt = config.eval.samples_per_prompt if config.eval else 0
     at_first = config.at_round(max(1, point.round_index))
+    per_prompt = config.eval.samples_per_prompt if config.eval else 0
     view.expect(
         rounds=config.rounds,
         first_round=point.round_index,
-        eval_samples=len(eval_prompts.prompts) * int(per_prompt) if eval_prompts else 0,
-        samples=num_per_round(at_first.prompts.per_round, len(prompts.prompts))
+        eval_samples=len(stages.eval_prompts) * int(per_prompt),
+        samples=num_per_round(at_first.prompts.per_round, len(stages.prompts))
         * int(at_first.generate.samples_per_prompt),
         smaller=smaller_version(loaded.path),
     )
-    run_rounds(stages)
 
 
 def smaller_version(path: Path) -> str | None:

@@ -15,7 +15,7 @@ LEVELS = [
     {"config", "encoding", "samples", "eval"},
     {"model", "rundir", "stats", "prompts", "generate", "filters", "train"},
     {"guards", "console", "signals", "rounds"},
-    {"loop", "build", "report", "recipes"},
+    {"loop", "build", "report", "recipes", "resume"},
     {"experiment", "plan"},
     {"cli", "commands"},
     {"__main__", "__init__"},

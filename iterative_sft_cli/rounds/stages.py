@@ -55,6 +55,7 @@ class Stages:
     cache_dir: Path | None = None
     grace_s: float | None = None
     base_folder: Path | None = None
+    changes: Sequence[dict[str, Any]] = ()
     session: EngineSession = field(init=False)
     started: float = field(default_factory=time.monotonic)
     last_save_s: float = 0.0
