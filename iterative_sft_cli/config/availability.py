@@ -25,6 +25,8 @@ NOT_YET: dict[str | tuple[str, Any], str] = {
     "generate.vllm": "engines other than transformers",
     "guards.rollback_if": "conditions over the statistics",
     "guards.stop_if": "conditions over the statistics",
+    "prompts.advance": "prompts that stay where they were in the order",
+    "prompts.curriculum.promote_if": "conditions over the statistics",
     "rationalize": "a second try with a hint",
     "samples.compress": "compressed samples",
     "samples.keep": "dropping stored samples",

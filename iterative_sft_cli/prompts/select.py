@@ -35,7 +35,9 @@ def needs_history(section: Any) -> bool:
     skip = section.skip
     skips = skip is not None and (skip.solved_at_least is not None or skip.solved_at_most is not None)
     return bool(
-        skips or section.order == "hardest_first" or (section.order != "curriculum" and section.per_round != "all")
+        skips
+        or section.order in ("hardest_first", "adaptive")
+        or (section.order != "curriculum" and section.per_round != "all")
     )
 
 
@@ -54,7 +56,9 @@ def select_round(
     - shuffle: seeded by (seed, round); under `per_round` every prompt is asked once before any is asked twice.
     - sequential: in the data's order, going on behind the prompts of the last round, wrapping.
     - curriculum: lowest level first; `per_round` says how far up a round goes, so a schedule on it makes it grow.
+      `curriculum` {start, step, width} asks only levels in a window that moves up by `step` a round.
     - hardest_first: lowest last acceptance rate first, never asked ones before all.
+    - adaptive: longest not asked first, then lowest last acceptance rate (AdaSTaR, Koh et al. 2025).
     """
     positions = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
     pool = [prompt for prompt in prompts if not _is_skipped(history.get(prompt.prompt_id), section.skip)]
@@ -73,13 +77,16 @@ def select_round(
         start = (round_index - 1) * count % max(1, len(pool))
         return [*pool[start:], *pool[:start]][:count]
     if section.order == "curriculum":
+        pool = _window(pool, getattr(section, "curriculum", None), round_index)
         return sorted(pool, key=lambda p: (_level_key(p), derive_seed(seed, "level", p.prompt_id)))[:count]
-    if section.order == "hardest_first":
+    if section.order in ("hardest_first", "adaptive"):
 
         def rate(prompt: Prompt) -> float:
             seen = history.get(prompt.prompt_id)
             return seen.last_rate if seen else -1.0
 
+        if section.order == "adaptive":
+            return sorted(pool, key=lambda p: (last_round(p), rate(p), chance(p)))[:count]
         return sorted(pool, key=lambda p: (rate(p), chance(p)))[:count]
     return sorted(sorted(pool, key=lambda p: (last_round(p), chance(p)))[:count], key=chance)
 
@@ -90,6 +97,25 @@ def _is_skipped(seen: PromptHistory | None, skip: Any) -> bool:
     if skip.solved_at_least is not None and seen.last_rate >= skip.solved_at_least:
         return True
     return skip.solved_at_most is not None and seen.last_rate <= skip.solved_at_most
+
+
+def _window(pool: Sequence[Prompt], curriculum: Any, round_index: int) -> list[Prompt]:
+    """The prompts whose level is asked in this round; all without a window. Raises DataError for a level that is no number."""
+    if curriculum is None:
+        return list(pool)
+    highest = curriculum.start + curriculum.step * (max(1, round_index) - 1)
+    inside = []
+    for prompt in pool:
+        kind, level, _ = _level_key(prompt)
+        if kind != 0:
+            raise DataError(
+                f"the level of prompt {prompt.prompt_id} is {prompt.level!r}",
+                where="prompts.curriculum",
+                expected="a number",
+            )
+        if level <= highest and (curriculum.width is None or level > highest - curriculum.width):
+            inside.append(prompt)
+    return inside
 
 
 def _level_key(prompt: Prompt) -> tuple[Any, ...]:

@@ -20,10 +20,6 @@ PACKAGE = Path(iterative_sft_cli.__file__).parent
 UNREAD: set[str] = {
     "eval.rank_by",
     "generate.search.enough",
-    "prompts.curriculum.promote_if",
-    "prompts.curriculum.start",
-    "prompts.curriculum.step",
-    "prompts.curriculum.width",
     "train.evict",
     "train.formats[].completion",
     "train.formats[].few_shot",

@@ -80,6 +80,31 @@ def test_curriculum_sorts_numbers_and_texts_and_needs_a_level() -> None:
         order([1, None])
 
 
+def test_a_curriculum_can_be_a_window_that_moves_up() -> None:
+    prompts = [Prompt(str(i), "p", level=i % 5) for i in range(10)]
+
+    def levels(round_index: int, **window: Any) -> list[Any]:
+        curriculum = SimpleNamespace(**{**dict(start=1, step=1.0, width=None, promote_if=None), **window})
+        settings = section(order="curriculum", curriculum=curriculum)
+        return [p.level for p in select_round(prompts, settings, round_index=round_index, seed=0, history={})]
+
+    assert levels(1) == [0, 0, 1, 1]
+    assert levels(2) == [0, 0, 1, 1, 2, 2]
+    assert levels(2, width=1) == [2, 2]
+    assert levels(3, width=2, step=0.5) == [1, 1, 2, 2]
+    assert levels(9, width=1) == []
+    texts = [Prompt("0", "p", level="easy")]
+    with pytest.raises(DataError, match="expected a number"):
+        settings = section(order="curriculum", curriculum=SimpleNamespace(start=1, step=1.0, width=None))
+        select_round(texts, settings, round_index=1, seed=0, history={})
+
+
+def test_adaptive_is_least_recent_then_hardest() -> None:
+    history = {str(i): PromptHistory(4, 0, 1 if i > 6 else 2, i / 10) for i in range(1, 10)}
+    assert pick(3, history, order="adaptive") == [0, 7, 8, 9, 1, 2, 3, 4, 5, 6]
+    assert needs_history(section(order="adaptive"))
+
+
 def test_hardest_first_takes_the_lowest_rate_and_unasked_ones_before() -> None:
     history = {str(i): PromptHistory(4, i, 1, i / 10) for i in range(2, 10)}
     assert sorted(pick(2, history, per_round=2, order="hardest_first")) == [0, 1]
