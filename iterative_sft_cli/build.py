@@ -29,11 +29,16 @@ def build_stages(
         backend = open_backend(config, loaded.base_dir)
         encoder, learner, engine = backend.encoder, backend.learner, backend.engine
         eval_encoder = encoder
+
+        def with_few_shot(few_shot: Any) -> Any:
+            return encoder
+
         base_hash = str(getattr(backend, "base_hash", "plug-in"))
     else:
         from iterative_sft_cli.encoding import TokenizerEncoder
         from iterative_sft_cli.generate import open_engine
         from iterative_sft_cli.model import load_model
+        from iterative_sft_cli.model_source import find_model
         from iterative_sft_cli.train import open_learner
 
         view.note(f"loading {config.model.path or 'a fresh model'}")
@@ -42,12 +47,22 @@ def build_stages(
         eval_encoder = (
             TokenizerEncoder.of(model, config.eval, loaded.base_dir, inherit=config.prompts) if config.eval else encoder
         )
+
+        def with_few_shot(few_shot: Any) -> Any:
+            if few_shot is None:
+                return encoder
+            section = config.prompts.model_copy(update={"few_shot": [] if few_shot == "none" else few_shot})
+            return TokenizerEncoder.of(model, section, loaded.base_dir, inherit=config.prompts)
+
         learner = open_learner(config.train, loaded=model, encoder=encoder, config=config)
         engine = open_engine(
             config.generate, loaded=model, encoder=encoder, base_dir=loaded.base_dir, run_dir=run.path, seed=config.seed
         )
         base_hash = model.base_hash
-        base_folder = Path(config.model.path) if config.model.path else None
+        base_folder = find_model(config.model, loaded.base_dir).folder
+    others = find_other_models(config, encoder, loaded.base_dir)
+    if base_folder is None and reads_base(config):
+        base_folder = write_base(learner, run.path)
     return Stages(
         config=config,
         run=run,
@@ -64,7 +79,60 @@ def build_stages(
         mix_rows=seed_rows(config.train.mix, encoder, loaded.base_dir) if config.train.mix is not None else (),
         warmup_rows=seed_rows(config.warmup, encoder, loaded.base_dir) if config.warmup is not None else (),
         base_folder=base_folder,
+        other_models=others,
+        hint_encoder=with_few_shot(config.rationalize.few_shot) if config.rationalize is not None else None,
+        format_encoders=[with_few_shot(one.few_shot) for one in config.train.formats or ()],
     )
+
+
+def sources_named(config: Any) -> set[str]:
+    """Every model that `generate.from` names in some round."""
+    named: set[str] = set()
+    for round_index in range(1, config.rounds + 1):
+        wanted = config.at_round(round_index).generate.from_
+        named |= {wanted} if isinstance(wanted, str) else {one.model for one in wanted}
+    return named
+
+
+def reads_base(config: Any) -> bool:
+    """Whether a round may generate with the starting model although something else was trained."""
+    return bool(sources_named(config) & {"base", "best"})
+
+
+def write_base(learner: Any, run: Path) -> Path:
+    """The starting model as a folder of the run, for models that come from no folder; written anew at each start."""
+    import shutil
+
+    folder = run / "base"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    learner.save(folder, state=False)
+    return folder
+
+
+def find_other_models(config: Any, encoder: Any, base_dir: Path) -> dict[str, Path]:
+    """Folders of the other models that generate. Raises DataError when one is missing and ConfigError when its token ids mean other texts."""
+    names = sorted(sources_named(config) - {"current", "base", "best", "warmup"})
+    if config.generate.engine != "transformers":
+        return {name: Path(name) for name in names}
+    found = {}
+    for name in names:
+        if config.model.use is not None:
+            found[name] = base_dir / name
+            continue
+        from transformers import AutoTokenizer
+
+        from iterative_sft_cli.model_source import find_folder
+
+        found[name] = find_folder(name, base_dir, where="generate.from")[0]
+        tokenizer = AutoTokenizer.from_pretrained(found[name], local_files_only=True)
+        if tokenizer.get_vocab() != encoder.tokenizer.get_vocab():
+            raise ConfigError(
+                f"{name} has another tokenizer than the model that is trained",
+                where="generate.from",
+                hint="serve it and use generate.engine: openai or vllm, whose completions come as text",
+            )
+    return found
 
 
 def open_backend(config: Any, base_dir: Path) -> Any:
@@ -99,12 +167,15 @@ def seed_rows(section: Any, encoder: Any, base_dir: Path) -> list[TrainRow]:
 
     rows = []
     for index, (where, row) in enumerate(read_source(section, base_dir, "seed data")[0]):
-        names = [section.messages] if section.messages else [section.prompt, section.completion]
-        missing = [name for name in names if name not in row]
+        by_messages = section.messages in row
+        missing = [] if by_messages else [name for name in (section.prompt, section.completion) if name not in row]
         if missing:
             raise DataError(f"no column `{missing[0]}`", where=where, hint=f"the columns are {', '.join(sorted(row))}")
-        conversation = row[section.messages] if section.messages else (row[section.prompt], row[section.completion])
-        rows.append(encoder.conversation_row(f"seed-{index}", conversation, weight=1.0))
+        conversation = row[section.messages] if by_messages else (row[section.prompt], row[section.completion])
+        try:
+            rows.append(encoder.conversation_row(f"seed-{index}", conversation, weight=1.0))
+        except ValueError as error:
+            raise DataError(str(error), where=where) from error
     if not rows:
         raise DataError(f"{section.path or section.dataset.id}: no rows", expected="at least one seed example")
     return rows
