@@ -54,6 +54,15 @@ def explain_empty(counter: RoundCounter, round_index: int) -> tuple[str, str]:
     return what, hint
 
 
+TOKENS = ("generate/num_tokens", "generate/trial_tokens", "rationalize/num_tokens", "eval/num_tokens")
+"""The figures that count generated tokens."""
+
+
+def tokens_so_far(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens generated in all rounds that have statistics, evaluations included."""
+    return sum(int(row.get(key) or 0) for row in rows for key in TOKENS)
+
+
 def check_budget(guards: Any, *, num_tokens: int, hours: float) -> None:
     """Raises GuardStop when the run has used up `guards.max_tokens` (generated) or `guards.max_hours`."""
     if guards.max_tokens is not None and num_tokens >= guards.max_tokens:

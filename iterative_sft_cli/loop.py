@@ -6,20 +6,18 @@ Every phase leaves sealed files; a phase whose files are there is read, not done
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.config.expression import Expression
 from iterative_sft_cli.filters import FilterChain
-from iterative_sft_cli.guards import best_round, check_budget, check_round
+from iterative_sft_cli.guards import best_round, check_round
 from iterative_sft_cli.prompts import PromptHistory, needs_history, select_round
 from iterative_sft_cli.rounds.evaluation import evaluate, is_due
 from iterative_sft_cli.rounds.judge import judge_round
+from iterative_sft_cli.rounds.sources import live_hash, sources_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.rounds.training import (
     commit_round,
@@ -54,6 +52,9 @@ def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
     start = time.monotonic()
     log = RoundLog(run.ledger, round_index, muted=point.in_training(round_index) or point.past_training(round_index))
     set_retention(stages, config)
+    for change in stages.changes:
+        if change["round"] == round_index:
+            log("changed", key=change["key"], old=change["old"], new=change["new"])
     if not point.past_training(round_index):
         if round_index == 0:
             warm_up(stages, config, point, log)
@@ -100,7 +101,7 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
     """Generate, filter, train and commit one round."""
     run = stages.run
     if not point.in_training(round_index):
-        weights, folder = generating_weights(stages, config)
+        sources = sources_of(stages, config)
         chain = FilterChain(
             stages.filters,
             seed=config.seed,
@@ -111,21 +112,19 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
             max_length=config.train.max_length,
             scores_read=scores_read(config),
         )
-        log("start", start_from=config.train.start_from, weights=weights)
+        log("start", start_from=config.train.start_from, weights=", ".join(source.name for source in sources))
         with chain:
             judge_round(
                 stages,
                 config,
                 choose_prompts(stages, config, round_index),
                 round_index=round_index,
-                weights_hash=lambda: live_hash(stages) if weights == LIVE else weights,
-                open_engine=lambda: stages.session.serve(weights, folder),
+                sources=sources,
                 chain=chain,
                 log=log,
             )
         stages.session.close()
     counter = count_round(stages, round_index)
-    check_budget(config.guards, num_tokens=stages.tokens_generated, hours=stages.hours())
     show_samples(stages, round_index)
     if check_round(counter, config.guards, round_index=round_index):
         rows, scores = gather_rows(stages, config, round_index)
@@ -168,28 +167,6 @@ def place_weights(stages: Stages, config: Any) -> None:
         stages.learner.load_weights(best_folder(stages.run, stages.run.stats.rows(), config.eval.metric)[1])
     elif start == "warmup":
         stages.learner.load_weights(stages.run.checkpoints.verified(round_key(0)).path)
-
-
-def generating_weights(stages: Stages, config: Any) -> tuple[str, Path | None]:
-    """(name, folder) of the weights that generate this round; folder None stands for the live weights."""
-    source = config.generate.from_
-    if source == "current":
-        return (LIVE, None)
-    if source == "base":
-        return ("base", stages.base_folder)
-    if source == "best":
-        key, folder = best_folder(stages.run, stages.run.stats.rows(), config.eval.metric)
-        return (key, folder or stages.base_folder)
-    return (str(source), Path(str(source)))
-
-
-def live_hash(stages: Stages) -> str:
-    """The content hash of the weights that are live: the newest checkpoint's, or the base model's before the first."""
-    checkpoint = stages.run.checkpoints.newest()
-    if checkpoint is None:
-        return stages.base_hash
-    files = {name: entry for name, entry in checkpoint.manifest["files"].items() if name != "state.json"}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def choose_prompts(stages: Stages, config: Any, round_index: int) -> list[Any]:

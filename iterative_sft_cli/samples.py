@@ -22,6 +22,10 @@ EVAL_PROMPTS = "prompts-eval"
 """The prompts of the evaluation, once a run: in `rounds/0000/`."""
 
 
+HINTED = "hinted"
+"""Part of the name of shards of second tries, and the key of a row under which the ids of the hinted prompt stand."""
+
+
 class Shards(Protocol):
     """The part of a run directory that holds sealed JSONL files."""
 
@@ -89,6 +93,10 @@ class StoredSample:
     seed: int
     says: tuple[Mapping[str, Any], ...]
     accepted: bool
+    hinted: bool = False
+    """Whether it is a second try, made with a hint that `sample` does not show."""
+    ref_logprobs: tuple[float, ...] | None = None
+    """The log probability of each token of the completion when it was made, where `keep_logprobs` asked for them."""
 
     @property
     def rejected_by(self) -> Mapping[str, Any] | None:
@@ -141,7 +149,11 @@ def iter_round(shards: Shards, round_index: int) -> Iterator[StoredSample]:
         for row, verdict in zip(rows, verdicts, strict=True):
             says = (*verdict["says"], *later.get(row["sample_id"], ()))
             accepted = bool(verdict["kept"]) and all(one["keep"] for one in says)
-            yield StoredSample(sample_from_row(row, prompts[row["prompt_id"]]), row["seed"], says, accepted)
+            sample = sample_from_row(row, prompts[row["prompt_id"]])
+            logprobs = row.get("token_logprobs")
+            yield StoredSample(
+                sample, row["seed"], says, accepted, HINTED in row, None if logprobs is None else tuple(logprobs)
+            )
 
 
 def iter_accepted(shards: Shards, rounds: Sequence[int]) -> Iterator[StoredSample]:

@@ -104,7 +104,7 @@ def test_the_same_config_gives_the_same_bytes(toy, tmp_path):
 
 STOPS = [
     (judge, "generate_shard"),
-    (judge, "_judge_shard"),
+    (judge, "_judge_unit"),
     (training, "_step"),
     (training, "seal_training_rows"),
     (evaluation, "summarize"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from iterative_sft_cli.eval import PromptResult, summarize
 from iterative_sft_cli.filters import FilterChain
-from iterative_sft_cli.rounds.judge import generate_shard, into_shards, make_requests, seeds_of
+from iterative_sft_cli.rounds.sampling import generate_shard, into_shards, make_requests, seeds_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.samples import EVAL, EVAL_PROMPTS, prompt_to_row, sample_to_row
 from iterative_sft_cli.types import Decoding, Request

@@ -1,147 +1,52 @@
-"""Generate and filter, shard by shard: a sealed shard is never made again, the filters of one overlap the making of the next."""
+"""Generate and filter, shard by shard: a sealed shard is never made again, the filters of one overlap the making of the next.
+
+What is drawn in which wave is `waves.py`'s decision; it depends on sealed verdicts only, so a resumed round draws the same.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-from iterative_sft_cli.errors import OutOfMemoryError
-from iterative_sft_cli.filters import FilterChain, Judged
-from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory
-from iterative_sft_cli.rounds.stages import Phase, RoundLog, Stages
+from iterative_sft_cli.filters import FilterChain, FilterSays, Judged
+from iterative_sft_cli.guards import check_budget, tokens_so_far
+from iterative_sft_cli.rounds.hints import FIRST_HINTED, hinted_prompt, second_tries
+from iterative_sft_cli.rounds.sampling import SHARD_ROWS, generate_shard, make_request, seeds_of
+from iterative_sft_cli.rounds.stages import RoundLog, Stages
+from iterative_sft_cli.rounds.waves import Draw, Waves, plan_waves
+from iterative_sft_cli.rounds.weights import Source
 from iterative_sft_cli.samples import (
     GENERATED,
+    HINTED,
     ROUND_VERDICTS,
     VERDICTS,
     read_generated,
     sample_to_row,
 )
-from iterative_sft_cli.types import Decoding, Prompt, Request, Sample, derive_seed
+from iterative_sft_cli.types import Prompt, Request, Sample
 
-SHARD_ROWS = 512
-"""Samples of a shard: what a kill can cost at most, against the idle rows while a shard drains."""
-
-
-def make_requests(
-    stages: Stages, encoder: Any, prompts: Sequence[Prompt], num_samples: int, *, purpose: str, round_index: int
-) -> list[Request]:
-    """One request a prompt; every sample's seed is a function of (seed, purpose, round, prompt, sample)."""
-    seed = stages.config.seed
-    return [
-        Request(
-            prompt_id=prompt.prompt_id,
-            prompt=prompt.prompt,
-            prompt_ids=tuple(encoder.encode_prompt(prompt.prompt)),
-            sample_indices=tuple(range(num_samples)),
-            seeds=tuple(derive_seed(seed, purpose, round_index, prompt.prompt_id, i) for i in range(num_samples)),
-        )
-        for prompt in prompts
-    ]
+SURPLUS = "until_accepted"
+"""The name under which what is more than `until_accepted` or `until_total` asked for stands in the verdicts."""
 
 
-def into_shards(requests: Sequence[Request], rows: int = SHARD_ROWS) -> Iterator[list[Request]]:
-    """Cut requests, in order, into shards of at most `rows` samples (a single larger request is its own shard)."""
-    shard: list[Request] = []
-    size = 0
-    for request in requests:
-        if shard and size + len(request.seeds) > rows:
-            yield shard
-            shard, size = [], 0
-        shard.append(request)
-        size += len(request.seeds)
-    if shard:
-        yield shard
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One shard of a unit: its name, its samples (None: to be read again), and its verdicts where they are sealed already."""
 
+    name: str
+    samples: list[Sample] | None
+    verdicts: list[dict[str, Any]] | None
 
-def generate_shard(
-    stages: Stages,
-    engine: Engine,
-    requests: Sequence[Request],
-    decoding: Decoding,
-    *,
-    round_index: int,
-    name: str,
-    prompts: dict[str, Prompt],
-    phase: Phase,
-    on_sample: Any,
-) -> tuple[list[Sample], dict[str, Any]]:
-    """All samples of a shard in the order of its requests, and the batch plan that made them.
-
-    An out-of-memory split is a sealed decision before it is tried, so a resumed run repeats it. At one row it is an error.
-    """
-    plan = engine.plan(requests, decoding)
-    splits = 0
-    while True:
-        recorded = stages.run.shards.read(round_index, f"split-{name}-{splits}")
-        if recorded is not None:
-            plan, splits = recorded[0][0], splits + 1
-            continue
-        try:
-            return _collect(stages, engine, requests, decoding, plan, round_index, prompts, phase, on_sample), plan
-        except EngineOutOfMemory as error:
-            if plan["max_rows"] <= 1:
-                raise OutOfMemoryError(
-                    "memory ran out while generating a single row",
-                    where=f"round {round_index}, {name}",
-                    hint="lower generate.max_new_tokens, use a smaller model, or give the machine more memory",
-                ) from error
-            plan = {**plan, "max_rows": plan["max_rows"] // 2}
-            stages.run.shards.seal(round_index, f"split-{name}-{splits}", [plan], {})
-
-
-def _collect(
-    stages: Stages,
-    engine: Engine,
-    requests: Sequence[Request],
-    decoding: Decoding,
-    plan: dict[str, Any],
-    round_index: int,
-    prompts: dict[str, Prompt],
-    phase: Phase,
-    on_sample: Any,
-) -> list[Sample]:
-    def heartbeat(num_tokens: int) -> None:
-        stages.stop()
-        stages.tokens_generated += num_tokens
-        phase.advance(tokens=num_tokens)
-
-    engine.heartbeat = heartbeat
-    ids = {request.prompt_id: request.prompt_ids for request in requests}
-    made: dict[tuple[str, int], Sample] = {}
-    for completion in engine.generate(requests, decoding, plan):
-        prompt = prompts[completion.prompt_id]
-        text = stages.encoder.decode(completion.token_ids) if completion.text is None else completion.text
-        sample = Sample(
-            prompt_id=prompt.prompt_id,
-            sample_id=f"{round_index}-{prompt.prompt_id}-{completion.sample_index}",
-            round_index=round_index,
-            prompt=prompt.prompt,
-            completion=text,
-            answer=prompt.answer,
-            row=prompt.row,
-            prompt_ids=ids[prompt.prompt_id],
-            completion_ids=completion.token_ids,
-            finish_reason=completion.finish_reason,
-            logprob=completion.logprob,
-            final=text,
-            sample_index=completion.sample_index,
-        )
-        made[prompt.prompt_id, completion.sample_index] = sample
-        on_sample(sample)
-        phase.advance(1)
-        stages.stop()
-    return [made[request.prompt_id, index] for request in requests for index in request.sample_indices]
-
-
-def seeds_of(requests: Sequence[Request]) -> dict[tuple[str, int], int]:
-    """The seed of every (prompt, sample index)."""
-    return {
-        (request.prompt_id, index): seed
-        for request in requests
-        for index, seed in zip(request.sample_indices, request.seeds, strict=True)
-    }
+    @property
+    def verdicts_name(self) -> str:
+        """The shard of its verdicts."""
+        return self.name.replace(GENERATED, VERDICTS, 1)
 
 
 def judge_round(
@@ -150,82 +55,319 @@ def judge_round(
     prompts: Sequence[Prompt],
     *,
     round_index: int,
-    weights_hash: Any,
-    open_engine: Any,
+    sources: Sequence[Source],
     chain: FilterChain,
     log: RoundLog,
 ) -> None:
-    """Leave every sample of the round sealed with its verdicts. `open_engine` and `weights_hash` are called only when
-    something is to be generated."""
-    run, shards = stages.run, stages.run.shards
-    by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    decoding = config.generate.decoding(eos_token_ids=stages.encoder.eos_token_ids)
-    num_samples = int(config.generate.samples_per_prompt)
-    requests = make_requests(stages, stages.encoder, prompts, num_samples, purpose="generate", round_index=round_index)
-    judging: list[Future[int]] = []
-    start = time.monotonic()
+    """Leave every sample of the round sealed with its verdicts; `sources` serve only when something is to be generated."""
+    RoundJudge(stages, config, prompts, round_index, sources, chain, log).run()
 
-    with (
-        ThreadPoolExecutor(1) as judges,
-        stages.view.phase("generate", round_index, len(prompts) * num_samples, "samples") as phase,
-    ):
-        for index, shard in enumerate(into_shards(requests)):
-            name = f"{GENERATED}-{index:05d}"
-            verdicts = name.replace(GENERATED, VERDICTS, 1)
-            found = shards.read(round_index, name)
-            judged = shards.read(round_index, verdicts)
-            if found is not None and judged is not None:
-                log("generated", shard=name, num_samples=len(found[0]))
-                phase.advance(len(found[0]))
-                continue
-            stream = chain.open_shard()
-            if found is None:
-                samples, plan = generate_shard(
-                    stages,
-                    open_engine(),
-                    shard,
-                    decoding,
-                    round_index=round_index,
-                    name=name,
-                    prompts=by_id,
-                    phase=phase,
-                    on_sample=stream.submit,
-                )
-                seeds = seeds_of(shard)
-                rows = [sample_to_row(s, seeds[s.prompt_id, s.sample_index]) for s in samples]
-                shards.seal(round_index, name, rows, {"weights": weights_hash(), "plan": plan})
-            else:
-                samples = read_generated(shards, round_index, name, by_id)
+
+class RoundJudge:
+    """One round's way from prompts to sealed verdicts."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        config: Any,
+        prompts: Sequence[Prompt],
+        round_index: int,
+        sources: Sequence[Source],
+        chain: FilterChain,
+        log: RoundLog,
+    ) -> None:
+        self.stages, self.config, self.prompts = stages, config, prompts
+        self.round_index, self.sources, self.chain, self.log = round_index, sources, chain, log
+        self.shards = stages.run.shards
+        self.by_id = {prompt.prompt_id: prompt for prompt in prompts}
+        self.decoding = config.generate.decoding(eos_token_ids=stages.encoder.eos_token_ids)
+        self.waves: Waves = plan_waves(config.generate, prompts)
+        self._ids: dict[str, tuple[int, ...]] = {}
+        self._number = 0
+        self._judging: list[Future[Counter[str]]] = []
+        self._tokens = tokens_so_far(stages.run.stats.rows())
+        # group filters of a later wave see the earlier samples of the prompt
+        grouped = any(one.kind == "group" for one in chain.filters[: chain.streaming_end])
+        self._history: dict[str, list[Judged]] | None = {} if self.waves.adaptive and grouped else None
+
+    def run(self) -> None:
+        """All waves, the second tries, then what looks at the whole round."""
+        stages, start = self.stages, time.monotonic()
+        total = len(self.prompts) * int(self.config.generate.samples_per_prompt)
+        with (
+            ThreadPoolExecutor(1) as self._judges,
+            stages.view.phase("generate", self.round_index, total, "samples") as self._phase,
+        ):
+            accepted = self._draw_waves()
+            if self.config.rationalize is not None:
+                self._draw_second_tries(accepted)
+        stages.run.telemetry.append(
+            {"event": "generate", "round": self.round_index, "seconds": time.monotonic() - start}
+        )
+        start = time.monotonic()
+        self._judge_whole(accepted)
+        for name in self.shards.names(self.round_index, VERDICTS):
+            found = self.shards.read(self.round_index, name)
+            self.log("judged", shard=name, num_samples=len(found[0]) if found else 0)
+        stages.run.telemetry.append(
+            {"event": "filters", "round": self.round_index, "seconds": time.monotonic() - start}
+        )
+
+    # --- drawing ------------------------------------------------------------------------------------------------------
+
+    def _draw_waves(self) -> dict[str, int]:
+        """Samples that passed, by prompt id; prompts that were asked stand in it with 0."""
+        judged: list[list[Future[Counter[str]]]] = []
+        asked: dict[str, int] = {}
+        for wave in count():
+            known = _sum(judged[: self.waves.waits_for(wave)])
+            draws = self.waves.plan(wave, known)
+            if draws is None:
+                break
+            asked |= {draw.prompt.prompt_id: 0 for draw in draws}
+            judged.append(self._draw(draws))
+        return {**asked, **_sum(judged)}
+
+    def _draw(self, draws: Sequence[Draw]) -> list[Future[Counter[str]]]:
+        """Generate a wave, source by source so that weights change hands seldom; judge each unit when its last source is through."""
+        units = list(into_units(draws))
+        pieces: list[list[Piece]] = [[] for _ in units]
+        judging: list[Future[Counter[str]]] = []
+        for place, source in enumerate(self.sources):
+            last = place == len(self.sources) - 1
+            for unit, made in zip(units, pieces, strict=True):
+                requests = [self._request(draw, place) for draw in unit]
+                requests = [request for request in requests if request.sample_indices]
+                early = last and not made and self._history is None
+                stream = self.chain.open_shard() if early and not self.chain.needs_device else None
+                if requests:
+                    made.append(self._generate(f"{GENERATED}-{self._number:05d}", source, requests, stream))
+                    self._number += 1
+                if last and made and not self.chain.needs_device:
+                    judging.append(self._judge_later(made, stream))
+        if self.chain.needs_device:
+            self.stages.session.close()
+            judging = [self._judge_later(made, None) for made in pieces if made]
+        return judging
+
+    def _request(self, draw: Draw, place: int) -> Request:
+        prompt = draw.prompt
+        if prompt.prompt_id not in self._ids:
+            self._ids[prompt.prompt_id] = tuple(self.stages.encoder.encode_prompt(prompt.prompt))
+        drawn = range(draw.first, draw.first + draw.count)
+        owners = owners_of([source.share for source in self.sources], drawn.stop)
+        return make_request(
+            prompt,
+            self._ids[prompt.prompt_id],
+            [index for index in drawn if owners[index] == place],
+            seed=self.config.seed,
+            purpose="generate",
+            round_index=self.round_index,
+        )
+
+    def _generate(
+        self,
+        name: str,
+        source: Source,
+        requests: Sequence[Request],
+        stream: Any,
+        *,
+        trained_after: Mapping[str, Sequence[int]] | None = None,
+    ) -> Piece:
+        """A shard: read where it is sealed, made and sealed where it is not."""
+        found = self.shards.read(self.round_index, name)
+        verdicts = self.shards.read(self.round_index, name.replace(GENERATED, VERDICTS, 1))
+        submit: Callable[[Sample], None] = stream.submit if stream is not None else _nothing
+        if found is None:
+            samples, plan = generate_shard(
+                self.stages,
+                source.serve(),
+                requests,
+                self.decoding,
+                round_index=self.round_index,
+                name=name,
+                prompts=self.by_id,
+                phase=self._phase,
+                on_sample=submit,
+                trained_after=trained_after,
+            )
+            seeds = seeds_of(requests)
+            rows = [sample_to_row(s, seeds[s.prompt_id, s.sample_index]) for s in samples]
+            if trained_after is not None:
+                hinted = {request.prompt_id: list(request.prompt_ids) for request in requests}
+                rows = [{**row, HINTED: hinted[row["prompt_id"]]} for row in rows]
+            meta: dict[str, Any] = {"weights": source.weights(), "plan": plan}
+            if len(self.sources) > 1:
+                meta["source"] = source.name
+            self.shards.seal(self.round_index, name, rows, meta)
+        else:
+            samples = read_generated(self.shards, self.round_index, name, self.by_id)
+            if verdicts is None:
                 for sample in samples:
-                    stream.submit(sample)
-                phase.advance(len(samples))
-            log("generated", shard=name, num_samples=len(samples))
-            if len(judging) >= 2:
-                judging[-2].result()
-            judging.append(judges.submit(_judge_shard, stages, stream, samples, round_index, verdicts))
-        for pending in judging:
-            pending.result()
-    run.telemetry.append({"event": "generate", "round": round_index, "seconds": time.monotonic() - start})
+                    submit(sample)
+            self._phase.advance(len(samples))
+        self.log("generated", shard=name, num_samples=len(samples))
+        self._tokens += sum(len(sample.completion_ids) for sample in samples)
+        check_budget(self.config.guards, num_tokens=self._tokens, hours=self.stages.hours())
+        sealed = None if found is None or verdicts is None else verdicts[0]
+        return Piece(name, None if self.chain.needs_device else samples, sealed)
 
-    start = time.monotonic()
-    if chain.has_round_part and shards.read(round_index, ROUND_VERDICTS) is None:
-        said = chain.finish_round(JudgedRound(stages, by_id, round_index))
+    def _samples_of(self, piece: Piece) -> list[Sample]:
+        if piece.samples is not None:
+            return piece.samples
+        return read_generated(self.shards, self.round_index, piece.name, self.by_id)
+
+    def _draw_second_tries(self, accepted: Mapping[str, int]) -> None:
+        """Ask again, with a hint, the prompts of which nothing passed; what is trained is the answer without the hint."""
+        section = self.config.rationalize
+        failed = [p for p in self.prompts if accepted.get(p.prompt_id) == 0]
+        chosen = second_tries(failed, float(section.share), seed=self.config.seed, round_index=self.round_index)
+        requests = []
+        for prompt in chosen:
+            asked = hinted_prompt(section.template, prompt)
+            requests.append(
+                make_request(
+                    Prompt(prompt.prompt_id, asked, prompt.answer, prompt.level, prompt.row),
+                    self.stages.hint_encoder.encode_prompt(asked),
+                    range(FIRST_HINTED, FIRST_HINTED + int(section.samples_per_prompt)),
+                    seed=self.config.seed,
+                    purpose="rationalize",
+                    round_index=self.round_index,
+                )
+            )
+        plain = {p.prompt_id: self._ids[p.prompt_id] for p in chosen}
+        draws = [Draw(self.by_id[r.prompt_id], 0, len(r.sample_indices)) for r in requests]
+        by_id = {request.prompt_id: request for request in requests}
+        source = self.sources[0]
+        for number, unit in enumerate(into_units(draws)):
+            stream = None if self.chain.needs_device else self.chain.open_shard()
+            asked_now = [by_id[draw.prompt.prompt_id] for draw in unit]
+            name = f"{GENERATED}-{HINTED}-{number:05d}"
+            piece = self._generate(name, source, asked_now, stream, trained_after=plain)
+            if self.chain.needs_device:
+                self.stages.session.close()
+            self._judge_later([piece], stream, hinted=True)
+
+    # --- judging ------------------------------------------------------------------------------------------------------
+
+    def _judge_later(self, pieces: list[Piece], stream: Any, *, hinted: bool = False) -> Future[Counter[str]]:
+        """Judge a unit in the judges' thread; at most two units wait for it."""
+        if len(self._judging) >= 2:
+            self._judging[-2].result()
+        self._judging.append(self._judges.submit(_judge_unit, self, pieces, stream, hinted))
+        return self._judging[-1]
+
+    def judge(self, pieces: Sequence[Piece], stream: Any, hinted: bool) -> Counter[str]:
+        """Seal the verdicts of a unit; how many samples of each prompt passed."""
+        if all(piece.verdicts is not None for piece in pieces):
+            judged = [
+                Judged.from_rows(sample, row["says"], row["kept"])
+                for piece in pieces
+                for sample, row in zip(self._samples_of(piece), piece.verdicts or (), strict=True)
+            ]
+        else:
+            judged = self._judge_now(pieces, stream, hinted)
+        if self._history is not None and not hinted:
+            for one in judged:
+                self._history.setdefault(one.sample.prompt_id, []).append(one)
+        return Counter(one.sample.prompt_id for one in judged if one.kept)
+
+    def _judge_now(self, pieces: Sequence[Piece], stream: Any, hinted: bool) -> list[Judged]:
+        made = {piece.name: self._samples_of(piece) for piece in pieces}
+        samples = [sample for each in made.values() for sample in each]
+        if len(pieces) > 1:
+            place = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(s.prompt_id for s in samples))}
+            samples.sort(key=lambda sample: (place[sample.prompt_id], sample.sample_index))
+        if stream is None:
+            history = self._history or {}
+            earlier = () if hinted else [one for s in _prompts_of(samples) for one in history.get(s, ())]
+            stream = self.chain.open_shard(earlier)
+            for sample in samples:
+                stream.submit(sample)
+        judged: list[Judged] = stream.finish(samples)
+        by_id = {one.sample.sample_id: one for one in judged}
+        for piece in pieces:
+            if piece.verdicts is None:
+                rows = [_verdict_row(by_id[sample.sample_id]) for sample in made[piece.name]]
+                self.shards.seal(self.round_index, piece.verdicts_name, rows, {})
+        return judged
+
+    def _judge_whole(self, accepted: Mapping[str, int]) -> None:
+        """What needs the whole round: the filters from the first `samples` filter on, or what is more than was asked for."""
+        if self.shards.read(self.round_index, ROUND_VERDICTS) is not None:
+            return
+        each, total = self.waves.limits(accepted)
+        if self.chain.has_round_part:
+            said = self.chain.finish_round(JudgedRound(self.stages, self.by_id, self.round_index))
+        elif each is not None or total is not None:
+            said = find_surplus(JudgedRound(self.stages, self.by_id, self.round_index), each or {}, total)
+        else:
+            return
         rows = [{"sample_id": key, "says": [one.to_row() for one in says]} for key, says in said.items()]
-        shards.seal(round_index, ROUND_VERDICTS, rows, {})
-    for name in shards.names(round_index, VERDICTS):
-        found = shards.read(round_index, name)
-        log("judged", shard=name, num_samples=len(found[0]) if found else 0)
-    run.telemetry.append({"event": "filters", "round": round_index, "seconds": time.monotonic() - start})
+        self.shards.seal(self.round_index, ROUND_VERDICTS, rows, {})
 
 
-def _judge_shard(stages: Stages, stream: Any, samples: Sequence[Sample], round_index: int, name: str) -> int:
-    judged = stream.finish(samples)
-    rows = [
-        {"sample_id": one.sample.sample_id, "kept": one.kept, "says": [says.to_row() for says in one.says]}
-        for one in judged
-    ]
-    stages.run.shards.seal(round_index, name, rows, {})
-    return len(rows)
+def _judge_unit(judge: RoundJudge, pieces: list[Piece], stream: Any, hinted: bool) -> Counter[str]:
+    return judge.judge(pieces, stream, hinted)
+
+
+def _nothing(sample: Sample) -> None:
+    """Takes a sample that is judged later."""
+
+
+def _sum(waves: Sequence[Sequence[Future[Counter[str]]]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for wave in waves:
+        for done in wave:
+            total.update(done.result())
+    return total
+
+
+def _prompts_of(samples: Sequence[Sample]) -> list[str]:
+    return list(dict.fromkeys(sample.prompt_id for sample in samples))
+
+
+def _verdict_row(one: Judged) -> dict[str, Any]:
+    return {"sample_id": one.sample.sample_id, "kept": one.kept, "says": [says.to_row() for says in one.says]}
+
+
+def into_units(draws: Sequence[Draw], rows: int = SHARD_ROWS) -> Iterator[list[Draw]]:
+    """Cut draws, in order, into units of at most `rows` samples (a single larger one is its own unit)."""
+    unit: list[Draw] = []
+    size = 0
+    for draw in draws:
+        if unit and size + draw.count > rows:
+            yield unit
+            unit, size = [], 0
+        unit.append(draw)
+        size += draw.count
+    if unit:
+        yield unit
+
+
+def owners_of(shares: Sequence[float], num_samples: int) -> list[int]:
+    """Which source makes sample 0, 1, ... of a prompt: always the one that is furthest behind its share, the earlier of equals."""
+    made = [0] * len(shares)
+    owners = []
+    for index in range(num_samples):
+        behind = [share * (index + 1) - made[place] for place, share in enumerate(shares)]
+        owners.append(max(range(len(shares)), key=lambda place: (round(behind[place], 9), -place)))
+        made[owners[-1]] += 1
+    return owners
+
+
+def find_surplus(judged: Sequence[Judged], each: Mapping[str, int], total: int | None) -> dict[str, list[FilterSays]]:
+    """Of the samples that passed, in order: those beyond a prompt's number or the round's are dropped as `surplus`."""
+    counts: Counter[str] = Counter()
+    passed = 0
+    said = {}
+    for one in judged:
+        key = one.sample.prompt_id
+        keep = counts[key] < each.get(key, math.inf) and (total is None or passed < total)
+        counts[key] += keep
+        passed += keep
+        said[one.sample.sample_id] = [FilterSays(SURPLUS, keep, None, None if keep else "surplus")]
+    return said
 
 
 class JudgedRound(Sequence[Judged]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,11 +55,13 @@ class Stages:
     cache_dir: Path | None = None
     grace_s: float | None = None
     base_folder: Path | None = None
+    other_models: Mapping[str, Path] = field(default_factory=dict)
+    hint_encoder: Any = None
+    format_encoders: Sequence[Any] = ()
     changes: Sequence[dict[str, Any]] = ()
     session: EngineSession = field(init=False)
     started: float = field(default_factory=time.monotonic)
     last_save_s: float = 0.0
-    tokens_generated: int = 0
 
     def __post_init__(self) -> None:
         self.session = EngineSession(self.engine, self.learner, self.run.telemetry)

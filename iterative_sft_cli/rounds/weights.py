@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,19 @@ from iterative_sft_cli.guards import best_round
 from iterative_sft_cli.train.base import Learner
 
 LIVE = "live"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One of the models that make a round's samples: its name in the config, its share, and how to get at it.
+
+    `serve` and `weights` (the content hash) are called only when something is to be generated.
+    """
+
+    name: str
+    share: float
+    serve: Callable[[], Engine]
+    weights: Callable[[], str]
 
 
 class EngineSession:

@@ -1,0 +1,154 @@
+"""One shard of completions: its requests, the engine that answers them, and the splits that memory forces, sealed before they are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from iterative_sft_cli.errors import OutOfMemoryError
+from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory
+from iterative_sft_cli.rounds.stages import Phase, Stages
+from iterative_sft_cli.types import Decoding, Prompt, Request, Sample, derive_seed
+
+SHARD_ROWS = 512
+"""Samples of a shard: what a kill can cost at most, against the idle rows while a shard drains."""
+
+
+def make_request(
+    prompt: Prompt, prompt_ids: Sequence[int], indices: Iterable[int], *, seed: int, purpose: str, round_index: int
+) -> Request:
+    """The request for some samples of a prompt; every sample's seed is a function of (seed, purpose, round, prompt, sample)."""
+    wanted = tuple(indices)
+    return Request(
+        prompt_id=prompt.prompt_id,
+        prompt=prompt.prompt,
+        prompt_ids=tuple(prompt_ids),
+        sample_indices=wanted,
+        seeds=tuple(derive_seed(seed, purpose, round_index, prompt.prompt_id, index) for index in wanted),
+    )
+
+
+def make_requests(
+    stages: Stages, encoder: Any, prompts: Sequence[Prompt], num_samples: int, *, purpose: str, round_index: int
+) -> list[Request]:
+    """One request a prompt, for samples 0 to `num_samples` - 1."""
+    seed = stages.config.seed
+    return [
+        make_request(
+            prompt,
+            encoder.encode_prompt(prompt.prompt),
+            range(num_samples),
+            seed=seed,
+            purpose=purpose,
+            round_index=round_index,
+        )
+        for prompt in prompts
+    ]
+
+
+def into_shards(requests: Sequence[Request], rows: int = SHARD_ROWS) -> Iterator[list[Request]]:
+    """Cut requests, in order, into shards of at most `rows` samples (a single larger request is its own shard)."""
+    shard: list[Request] = []
+    size = 0
+    for request in requests:
+        if shard and size + len(request.seeds) > rows:
+            yield shard
+            shard, size = [], 0
+        shard.append(request)
+        size += len(request.seeds)
+    if shard:
+        yield shard
+
+
+def generate_shard(
+    stages: Stages,
+    engine: Engine,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    *,
+    round_index: int,
+    name: str,
+    prompts: Mapping[str, Prompt],
+    phase: Phase,
+    on_sample: Callable[[Sample], None],
+    trained_after: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[list[Sample], dict[str, Any]]:
+    """All samples of a shard in the order of its requests, and the batch plan that made them.
+
+    `trained_after`: prompt ids to the token ids that the samples are trained after, where these are not the ones they were generated after.
+    An out-of-memory split is a sealed decision before it is tried, so a resumed run repeats it. At one row it is an error.
+    """
+    plan = engine.plan(requests, decoding)
+    splits = 0
+    while True:
+        recorded = stages.run.shards.read(round_index, f"split-{name}-{splits}")
+        if recorded is not None:
+            plan, splits = recorded[0][0], splits + 1
+            continue
+        try:
+            made = _collect(
+                stages, engine, requests, decoding, plan, round_index, prompts, phase, on_sample, trained_after or {}
+            )
+            return made, plan
+        except EngineOutOfMemory as error:
+            if plan["max_rows"] <= 1:
+                raise OutOfMemoryError(
+                    "memory ran out while generating a single row",
+                    where=f"round {round_index}, {name}",
+                    hint="lower generate.max_new_tokens, use a smaller model, or give the machine more memory",
+                ) from error
+            plan = {**plan, "max_rows": plan["max_rows"] // 2}
+            stages.run.shards.seal(round_index, f"split-{name}-{splits}", [plan], {})
+
+
+def _collect(
+    stages: Stages,
+    engine: Engine,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    plan: dict[str, Any],
+    round_index: int,
+    prompts: Mapping[str, Prompt],
+    phase: Phase,
+    on_sample: Callable[[Sample], None],
+    trained_after: Mapping[str, Sequence[int]],
+) -> list[Sample]:
+    def heartbeat(num_tokens: int) -> None:
+        stages.stop()
+        phase.advance(tokens=num_tokens)
+
+    engine.heartbeat = heartbeat
+    ids = {request.prompt_id: request.prompt_ids for request in requests}
+    made: dict[tuple[str, int], Sample] = {}
+    for completion in engine.generate(requests, decoding, plan):
+        prompt = prompts[completion.prompt_id]
+        text = stages.encoder.decode(completion.token_ids) if completion.text is None else completion.text
+        sample = Sample(
+            prompt_id=prompt.prompt_id,
+            sample_id=f"{round_index}-{prompt.prompt_id}-{completion.sample_index}",
+            round_index=round_index,
+            prompt=prompt.prompt,
+            completion=text,
+            answer=prompt.answer,
+            row=prompt.row,
+            prompt_ids=tuple(trained_after.get(prompt.prompt_id, ids[prompt.prompt_id])),
+            completion_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
+            logprob=completion.logprob,
+            final=text,
+            sample_index=completion.sample_index,
+        )
+        made[prompt.prompt_id, completion.sample_index] = sample
+        on_sample(sample)
+        phase.advance(1)
+        stages.stop()
+    return [made[request.prompt_id, index] for request in requests for index in request.sample_indices]
+
+
+def seeds_of(requests: Sequence[Request]) -> dict[tuple[str, int], int]:
+    """The seed of every (prompt, sample index)."""
+    return {
+        (request.prompt_id, index): seed
+        for request in requests
+        for index, seed in zip(request.sample_indices, request.seeds, strict=True)
+    }
