@@ -248,7 +248,9 @@ def _resolve_builtin(entry: FilterEntry, base_dir: Path) -> tuple[ResolvedFilter
     arguments, wrong = bind_scheduled(bind, [p.name for p in shape.parameters if "int" in p.annotation], given)
     problems += wrong
     fields = type(entry).model_fields
-    for option in sorted(name for name in DEVICE_KEYS if getattr(entry, name) != fields[name].get_default(call_default_factory=True)):
+    for option in sorted(
+        name for name in DEVICE_KEYS if getattr(entry, name) != fields[name].get_default(call_default_factory=True)
+    ):
         if option not in spec.honours:
             problems.append(f"`{option}` has no effect on this built-in, which runs in the main process; remove it")
     problems += _check_environment(entry)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from iterative_sft_cli.errors import PluginError
+from iterative_sft_cli.errors import IsftError, PluginError
 from iterative_sft_cli.filters import processes
 from iterative_sft_cli.filters.cache import ResultCache
 from iterative_sft_cli.filters.context import Context
@@ -18,7 +18,7 @@ from iterative_sft_cli.filters.imports import explain
 from iterative_sft_cli.filters.link import Watchdog
 from iterative_sft_cli.filters.pool import WorkerPool
 from iterative_sft_cli.filters.resolve import ResolvedFilter
-from iterative_sft_cli.filters.runners import DirectRunner, History, Runner, ThreadRunner, WorkerRunner
+from iterative_sft_cli.filters.runners import DirectRunner, History, Runner, ThreadRunner, WorkerRunner, blame
 from iterative_sft_cli.filters.wire import encode, sample_to_wire, to_json
 from iterative_sft_cli.types import Sample
 
@@ -94,6 +94,8 @@ class Runtime:
                 assert one.target is not None
                 try:
                     call, instance = make_callable(one.target, one.shape, one.arguments)
+                except IsftError as error:
+                    raise blame(one, error) from error
                 except Exception as error:
                     cause = f"its set-up raised {explain(error)}"
                     raise PluginError(

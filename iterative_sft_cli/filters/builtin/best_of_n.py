@@ -21,5 +21,8 @@ SPEC = BuiltIn(role="selector", cost="one evaluation a sample, one sort a prompt
 
 
 def best_of_n(group: Sequence[Sample], by: str, n: int = 1) -> list[Verdict]:
-    """Keep the `n` best of a prompt's samples, `best_of_n: reward_model` the best (RAFT); the same as `top_k` with `k: n`."""
+    """Keep the `n` of a prompt's samples with the highest `by`; `best_of_n: reward_model` keeps the best one (RAFT).
+
+    by: arithmetic over the scores of earlier filters. The same as `top_k` with `k: n`, under the name people look for.
+    """
     return top_k(group, by, n)

@@ -25,7 +25,8 @@ SPEC = BuiltIn(
 class embedding_similarity:
     """Keep everything and score each sample with the cosine similarity, -1 to 1, of its final part and a reference.
 
-    path: an encoder model, folder or hub id; a text's vector is the mean of its last hidden states. to: `answer`,
+    path: an encoder model, folder or hub id (with `revision`); a text's vector is the mean of its last hidden states over
+    its first `max_length` tokens. to: `answer`,
     `prompt`, or the name of another column. Follow it with threshold.
     """
 

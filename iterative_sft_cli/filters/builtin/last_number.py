@@ -11,6 +11,7 @@ from fractions import Fraction
 
 MAX_DIGITS = 300
 MAX_EXPONENT = 300
+MAX_MARKS = 20
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
@@ -45,7 +46,7 @@ class SeveralAnswers(Exception):
 
 
 def _plain(text: str) -> str:
-    if "\\" in text:
+    if "\\" in text or "{,}" in text:
         text = text.replace("\\$", "$").replace("\\%", "%").replace("{,}", ",")
         text = text.replace("\\!", "").replace("\\times", "×").replace("\\,", " ").replace("\\ ", " ")
         text = text.replace("\\left", "").replace("\\right", "")
@@ -88,8 +89,12 @@ def _is_operator(match: re.Match[str]) -> bool:
     """Whether the minus sign stands after a term ("5-3"), where it subtracts."""
     if not match["sign"]:
         return False
-    before = match.string[: match.start()].rstrip(" ")[-1:]
-    return before.isalnum() or before in (")", "%", "]", "}")
+    before = match.string[: match.start()][-2:]
+    term = before.rstrip(" ")[-1:]
+    if term.isalpha():
+        # "x-3" subtracts, "is -3" does not
+        return before[-1:] != " "
+    return term.isdigit() or term in (")", "%", "]", "}")
 
 
 def parse_number(text: str) -> Found | None:
@@ -154,7 +159,7 @@ def last_number(text: str) -> Found | None:
     if found := parse_number(text):
         return found
     text = _plain(text)
-    for mark in reversed(list(_MARK.finditer(text))):
+    for mark in reversed(list(_MARK.finditer(text))[-MAX_MARKS:]):
         inside = _boxed(text, mark.end()) if mark[0].endswith("{") else text[mark.end() : mark.end() + 2000]
         if (found := _first_answer(inside)) is not None:
             return found

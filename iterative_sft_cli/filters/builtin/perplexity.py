@@ -25,7 +25,7 @@ SPEC = BuiltIn(
 class perplexity:
     """Keep everything and score each sample with the perplexity of its completion, given its prompt: lower is likelier.
 
-    path: a causal language model, folder or hub id. given_prompt: false scores the completion alone. A sample longer
+    path: a causal language model, folder or hub id (with `revision`). given_prompt: false scores the completion alone. A sample longer
     than the model reads (or `max_length`) loses the beginning of its prompt; one whose completion alone is longer, or
     is empty, gets no score. Follow it with threshold (`max`) or top_fraction (`-perplexity`).
     """
