@@ -50,11 +50,6 @@ class Checkpoint:
         weights = {name: digest for name, digest in files.items() if name.endswith(".safetensors")} or files
         return stamp_bytes(json.dumps(weights, sort_keys=True).encode("ascii")).sha256
 
-    @property
-    def size(self) -> int:
-        """Bytes of the model's files."""
-        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
-
 
 def load_checkpoint(path: Path, *, verify: bool, with_state: bool) -> Checkpoint:
     """Read a checkpoint folder; with `verify` every byte of the model is hashed, `with_state` those of `state/` too.
@@ -127,6 +122,11 @@ def walk_files(folder: Path) -> Iterator[Path]:
             yield path
         else:
             raise DataError("a checkpoint holds plain files and folders only", where=str(path))
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files under `folder`: about what the next checkpoint will take."""
+    return sum(path.stat().st_size for path in walk_files(folder))
 
 
 def walk_folders(folder: Path) -> Iterator[Path]:

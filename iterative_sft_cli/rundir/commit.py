@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import layout
 from iterative_sft_cli.rundir.checkpoint import (
     Checkpoint,
+    folder_size,
     load_checkpoint,
     render_copies,
     same_mode,
@@ -29,6 +31,9 @@ from iterative_sft_cli.rundir.ledger import AppendLog
 from iterative_sft_cli.rundir.quarantine import Quarantine
 from iterative_sft_cli.rundir.retention import Policy, kept_keys, stateless_keys
 from iterative_sft_cli.rundir.seal import Shards
+
+SMALL_BYTES = 8 << 20
+"""Checkpoints under this size are synced file by file, in order."""
 
 COPIED = (layout.MARKER, *layout.RECORDS)
 """The small files that every checkpoint carries a copy of, beside the two logs."""
@@ -186,7 +191,7 @@ class Checkpoints:
             self._fs.create(temp / COPIES, self._copies(key, stamps), sync=None)
         except Exception as error:
             self._fs.discard(temp)
-            needed = self._newest.size if self._newest else None
+            needed = folder_size(self._newest.path) if self._newest else None
             storage = foreign_error(error, temp, needed)
             if storage is not None:
                 raise storage from error
@@ -219,9 +224,7 @@ class Checkpoints:
             log.sync(f"{name}.data")
         files = list(walk_files(temp))
         same_mode(self._fs, files, temp / STATE)
-        found = stamp_files(files)
-        for path in files:
-            self._fs.sync_file(path, "checkpoint.data")
+        found = self._stamp_and_sync(files)
 
         listed = {path.relative_to(temp).as_posix(): stamp.to_json() for path, stamp in found.items()}
         inner = {
@@ -250,6 +253,22 @@ class Checkpoints:
         for folder in walk_folders(temp):
             self._fs.sync_dir(folder, "checkpoint.dirs")
         return manifest
+
+    def _stamp_and_sync(self, files: list[Path]) -> dict[Path, Stamp]:
+        def sync(path: Path) -> None:
+            self._fs.sync_file(path, "checkpoint.data")
+
+        if sum(path.stat().st_size for path in files) < SMALL_BYTES:
+            for path in files:
+                sync(path)
+            return stamp_files(files)
+        # the disk writes while the processors hash
+        with ThreadPoolExecutor(4, thread_name_prefix="isft-sync") as pool:
+            syncing = [pool.submit(sync, path) for path in files]
+            found = stamp_files(files)
+            for one in syncing:
+                one.result()
+        return found
 
     def _parent(self, key: str) -> str | None:
         # whole rounds only: whether there was a save inside the round must not show in the manifest

@@ -110,6 +110,19 @@ class Shards:
         """`0001/generated-00000` for every shard that is there, or ought to be: one that was lost stays on the list for `isft verify` to tell."""
         return sorted(self.expected.union(all_shards(self._run)))
 
+    def remove(self, round_index: int, name: str) -> None:
+        """Give up a shard that is no longer wanted (`samples.keep`): its seal stays and says so, so that nobody takes it for lost."""
+        folder = round_folder(self._run, round_index)
+        path = folder / (check_name(name) + SEAL)
+        seal = parse_document(read_bytes(path), path)
+        self._fs.publish(
+            path, render_document({**seal, "removed": True}), data_label="seal.data", dir_label="seal.removed"
+        )
+        self.expected.discard(f"{round_index:04d}/{name}")
+        target = folder / str(seal["file"])
+        if target.exists():
+            self._fs.unlink(target)
+
     def discard(self, round_index: int, name: str, reason: str) -> None:
         """Move a shard and its seal to quarantine, so that it is made again."""
         self.expected.discard(f"{round_index:04d}/{name}")

@@ -123,6 +123,7 @@ def _logs(run: Path, healthy: list[Checkpoint]) -> Iterator[Finding]:
 
 
 def _shards(run: Path, healthy: list[Checkpoint]) -> Iterator[Finding]:
+    removed: set[str] = set()
     for number in list_names(run / layout.ROUNDS):
         folder = run / layout.ROUNDS / number
         if not number.isdigit():
@@ -135,15 +136,21 @@ def _shards(run: Path, healthy: list[Checkpoint]) -> Iterator[Finding]:
                 yield _damaged(run, damage)
         for entry in list_names(folder):
             stem = next((entry.removesuffix(suffix) for suffix in (SEAL, *SUFFIXES) if entry.endswith(suffix)), None)
-            if stem is not None and stem not in sealed and not layout.is_temp(entry):
-                problem = "a seal without its shard" if entry.endswith(SEAL) else "a shard without its seal"
-                yield Finding(f"{layout.ROUNDS}/{number}/{entry}", problem, damage=False)
-    present = set(all_shards(run))
-    for name in sorted(set(_shards_once_there(run, healthy)) - present):
-        yield Finding(
-            f"{layout.ROUNDS}/{name}",
-            "missing or torn; it was whole when the newest checkpoint or the outcome was written",
-        )
+            if stem is None or stem in sealed or layout.is_temp(entry):
+                continue
+            if not entry.endswith(SEAL):
+                yield Finding(f"{layout.ROUNDS}/{number}/{entry}", "a shard without its seal", damage=False)
+                continue
+            try:
+                if read_document(folder / entry).get("removed"):
+                    removed.add(f"{number}/{stem}")
+                else:
+                    yield Finding(f"{layout.ROUNDS}/{number}/{entry}", "a seal without its shard", damage=False)
+            except Damage as damage:
+                yield _damaged(run, damage)
+    for name in sorted(set(_shards_once_there(run, healthy)) - set(all_shards(run)) - removed):
+        problem = "missing or torn; it was whole when the newest checkpoint or the outcome was written"
+        yield Finding(f"{layout.ROUNDS}/{name}", problem)
 
 
 def _shards_once_there(run: Path, healthy: list[Checkpoint]) -> Iterator[str]:
