@@ -1,0 +1,108 @@
+"""`isft samples`, `show`, `why`, `list`, `compare` and `verify`: readers of run directories; they change nothing and take no lock."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from iterative_sft_cli.cli import AsJson, app
+from iterative_sft_cli.errors import ConfigError
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+
+
+@app.command()
+def samples(
+    run: RunPath,
+    round_: Annotated[
+        list[int] | None, typer.Option("--round", metavar="N", help="Rounds to look at; the newest by default.")
+    ] = None,
+    accepted: Annotated[bool, typer.Option("--accepted", help="Only samples that every filter kept.")] = False,
+    rejected: Annotated[bool, typer.Option("--rejected", help="Only samples that a filter dropped.")] = False,
+    filter_: Annotated[
+        str | None, typer.Option("--filter", metavar="NAME", help="Only samples that this filter dropped.")
+    ] = None,
+    reason: Annotated[
+        str | None, typer.Option(metavar="WORD", help="Only samples dropped for this reason, such as wrong_answer.")
+    ] = None,
+    score: Annotated[
+        list[str] | None, typer.Option(metavar="NAME>=X", help="Only samples with such a score, as reward>=0.5.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="All samples of one prompt, over all rounds unless --round is given."),
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", help="Samples to print; 0 for all.")] = 20,
+    skip: Annotated[int, typer.Option(metavar="N", help="Leave out the first N: the next page.")] = 0,
+    eval_: Annotated[
+        bool, typer.Option("--eval", help="The samples of the evaluation instead; accepted means correct.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Print long texts whole.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Print the samples of RUN: what was asked, what was answered, and what each filter said."""
+    from iterative_sft_cli.report.query import (
+        SampleQuery,
+        ScoreCondition,
+        filter_names,
+        find_samples,
+        sampled_rounds,
+        unjudged,
+    )
+    from iterative_sft_cli.report.reader import Run
+    from iterative_sft_cli.report.sample_text import print_sample, sample_row
+    from iterative_sft_cli.report.screen import print_rows, say, screen
+
+    if accepted and rejected:
+        raise ConfigError("--accepted and --rejected exclude each other", hint="leave both out to see all samples")
+    if limit < 0 or skip < 0:
+        raise ConfigError("--limit and --skip count samples", expected="0 or more")
+    opened = Run.open(run)
+    there = sampled_rounds(opened.view, evaluation=eval_)
+    if not there:
+        say(f"{run}: no samples yet")
+        if as_json:
+            print("[]")
+        return 0
+    wanted = tuple(round_) if round_ else (tuple(there) if prompt is not None else (there[-1],))
+    missing = [index for index in wanted if index not in there]
+    if missing:
+        raise ConfigError(
+            f"--round {missing[0]}: no samples of that round", expected=f"one of {', '.join(map(str, there))}"
+        )
+    if filter_ is not None and filter_ not in (names := filter_names(opened.view)):
+        raise ConfigError(f"--filter {filter_}: no filter of this run", expected=f"one of {', '.join(names)}")
+    query = SampleQuery(
+        rounds=wanted,
+        accepted=True if accepted else False if rejected else None,
+        filter_name=filter_,
+        reason=reason,
+        prompt_id=prompt,
+        scores=tuple(ScoreCondition.parse(text) for text in score or ()),
+        evaluation=eval_,
+    )
+    found = find_samples(opened.view, query, skip=skip)
+    page = found if limit == 0 else islice(found, limit)
+    if as_json:
+        shown = print_rows(sample_row(stored) for stored in page)
+    else:
+        rich, shown, before = screen(), 0, None
+        for stored in page:
+            here = (stored.sample.round_index, stored.sample.prompt_id)
+            if shown == 0 or (len(wanted) > 1 and before is not None and before[0] != here[0]):
+                rich.print(f"--- round {here[0]}\n")
+            print_sample(rich, stored, full=full, with_prompt=here != before and (prompt is None or before is None))
+            shown, before = shown + 1, here
+    where = f"round {wanted[0]}" if len(wanted) == 1 else "these rounds"
+    if not shown:
+        waiting = 0 if eval_ else unjudged(opened.view, wanted)
+        say(
+            f"no {'further ' if skip else ''}sample of {where} is as asked"
+            + (f"; {waiting} are not judged yet" if waiting else "")
+        )
+    elif limit and shown == limit:
+        say(f"{shown} samples of {where}; --skip {skip + shown} shows the next, --limit 0 all")
+    return 0
