@@ -107,6 +107,7 @@ class BlockCache:
         for store, new in zip(self.prompts, (keys, values), strict=True):
             store[layer, slot, :, :length] = new
 
+    @torch.inference_mode()
     def remove(self, rows: Sequence[int]) -> list[int]:
         """Take rows out. Returns, for each new row number, the old one: the caller reorders what it keeps per row."""
         gone = set(rows)
@@ -137,6 +138,7 @@ class BlockCache:
         self._moved = True
         return result
 
+    @torch.inference_mode()
     def trim(self) -> None:
         """Give back the memory of rows that are gone."""
         for block in self.blocks:
@@ -146,7 +148,8 @@ class BlockCache:
 
     def _move(self, moves: Sequence[tuple[int, int]], birth: Sequence[int]) -> None:
         for index, block in enumerate(self.blocks):
-            pairs = [(to, of) for to, of in moves if birth[of] <= index]
+            # a row born just now has nothing yet, and perhaps no place
+            pairs = [(to, of) for to, of in moves if birth[of] <= index and self.born[of] < self.clock]
             if pairs:
                 to = torch.tensor([p[0] for p in pairs], device=self.device)
                 of = torch.tensor([p[1] for p in pairs], device=self.device)

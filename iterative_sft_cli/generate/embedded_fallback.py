@@ -24,17 +24,13 @@ _STRUCTURAL = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 class _Draw(LogitsProcessor):  # type: ignore[misc]
     """Draws each row's token itself and leaves `generate` (greedy) no other choice."""
 
-    def __init__(self, rows: Sequence[Row], sampler: Sampler, encoder_decoder: bool) -> None:
+    def __init__(self, rows: Sequence[Row], sampler: Sampler) -> None:
         self.rows = rows
         self.sampler = sampler
-        self.encoder_decoder = encoder_decoder
         self.finished: list[str | None] = [None] * len(rows)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        history = None
-        if self.sampler.needs_history:
-            history = [row.ids if self.encoder_decoder else [*row.request.prompt_ids, *row.ids] for row in self.rows]
-            history = [ids or input_ids[i].tolist() for i, ids in enumerate(history)]
+        history = input_ids.tolist() if self.sampler.needs_history else None
         seeds = [row.seed for row in self.rows]
         step = max(len(row.ids) for row in self.rows)
         drawn = self.sampler.draw(scores, seeds, [step] * len(seeds), history)
@@ -104,7 +100,7 @@ def generate_with_model(
         rows = by_length[length]
         for at in range(0, len(rows), int(plan["max_rows"])):
             part = rows[at : at + int(plan["max_rows"])]
-            draw = _Draw(part, sampler, encoder_decoder)
+            draw = _Draw(part, sampler)
             ids = torch.tensor([row.request.prompt_ids for row in part], device=model.device)
             settings = GenerationConfig(
                 do_sample=False,
