@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from iterative_sft_cli.filters.chain import AcceptedHistory, FilterChain, Shard
     from iterative_sft_cli.filters.context import Context
-    from iterative_sft_cli.filters.resolve import ResolvedFilter, resolve_filters
+    from iterative_sft_cli.filters.resolve import ResolvedFilter, check_filters, resolve_filters
     from iterative_sft_cli.filters.runtime import Runtime
     from iterative_sft_cli.filters.says import FilterSays, FunnelRow, Judged, funnel
 
@@ -24,6 +24,7 @@ __all__ = [
     "ResolvedFilter",
     "Runtime",
     "Shard",
+    "check_filters",
     "funnel",
     "resolve_filters",
 ]
@@ -38,6 +39,7 @@ _WHERE = {
     "ResolvedFilter": "resolve",
     "Runtime": "runtime",
     "Shard": "chain",
+    "check_filters": "resolve",
     "funnel": "says",
     "resolve_filters": "resolve",
 }

@@ -24,7 +24,7 @@ from iterative_sft_cli.filters.scores import SAMPLE_FIELDS, names_in
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-    from iterative_sft_cli.config import FilterEntry
+    from iterative_sft_cli.config import Config, FilterEntry
 
 GROUP = "isft.filters"
 DEVICE_KEYS = ("timeout_s", "startup_timeout_s", "workers", "device", "env", "memory_gb", "on_error")
@@ -134,8 +134,10 @@ def entry_points() -> list[EntryPoint]:
     return sorted(installed(group=GROUP), key=lambda point: (point.name, point.value))
 
 
-def resolve_filters(entries: Sequence[FilterEntry], *, base_dir: Path) -> list[ResolvedFilter]:
-    """The filters in list order, one for each entry.
+def resolve_filters(
+    entries: Sequence[FilterEntry], *, base_dir: Path, plugins_too: bool = True
+) -> list[ResolvedFilter]:
+    """The filters in list order, one for each entry; without `plugins_too` those of the package alone, and nothing is imported.
 
     Raises ConfigError with all problems of built-ins and names first; plug-ins are imported (in a worker) only when
     there are none. Raises PluginError when a plug-in's own import fails and nothing else is wrong.
@@ -160,7 +162,7 @@ def resolve_filters(entries: Sequence[FilterEntry], *, base_dir: Path) -> list[R
             plugins.append((index, entry, location, distribution))
             problems += [f"{entry.key}: {entry.use}: {one}" for one in _check_environment(entry)]
     failure: IsftError | None = None
-    if not problems:
+    if not problems and plugins_too:
         from iterative_sft_cli.filters.plugins import resolve_plugin
 
         for index, entry, location, distribution in plugins:
@@ -171,12 +173,18 @@ def resolve_filters(entries: Sequence[FilterEntry], *, base_dir: Path) -> list[R
             except IsftError as error:
                 failure = failure or error
     named = _name_all(entries, found, problems)
-    problems += _check_scores(named)
+    if all(one is not None for one in found):  # else a name may be that of the filter that is wrong
+        problems += _check_scores(named)
     if problems:
         raise ConfigError("the filters cannot be used", problems=problems)
     if failure is not None:
         raise failure
     return named
+
+
+def check_filters(config: Config, base_dir: Path, clean: bool) -> None:
+    """A check for `load_config`: names and arguments of the filters; plug-ins are imported only when the rest of the config is `clean`."""
+    resolve_filters(config.filters, base_dir=base_dir, plugins_too=clean)
 
 
 def locate(use: str, *, base_dir: Path, installed: Sequence[EntryPoint]) -> tuple[Location, str | None] | None:

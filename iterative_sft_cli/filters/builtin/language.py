@@ -14,7 +14,7 @@ from iterative_sft_cli.types import Sample, Verdict
 def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    return LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def _check(arguments: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.filters.builtin.last_number import SeveralAnswers, last_number
 from iterative_sft_cli.filters.builtin.spec import WORKER_KEYS, BuiltIn, decide
 from iterative_sft_cli.types import Sample, Verdict
 
@@ -24,7 +25,9 @@ class math_verify:
     The answer is read from the final part as math-verify does: the last \boxed{}, else the last expression. A plain
     `answer` is read as LaTeX and as an expression. Runs in worker processes of its own, killed after `timeout_s`.
     precision: decimals that must agree. strict: whether variables and set kinds must match.
-    Dropped as `wrong_answer`, `no_expression`, or `timeout` (no score: it is not a wrong answer).
+    Where the answer is a plain number, a sum, product or power that still has to be worked out ("12+7", the question
+    itself) is no answer. Dropped as `wrong_answer`, `no_expression`, `several_answers` ("5 or 6"), `not_evaluated`, or
+    `timeout` (no score: it is not a wrong answer).
     """
 
     def __init__(self, precision: int = 6, strict: bool = True, drop: bool = True) -> None:
@@ -48,6 +51,11 @@ class math_verify:
         said = self._library.parse(sample.final, parsing_timeout=None)
         if not said:
             return decide(False, "no_expression", drop=self.drop)
+        if is_plain_number(gold[0]):
+            if to_be_worked_out(said[0]):
+                return decide(False, "not_evaluated", drop=self.drop, extra={"answer": str(said[-1])[:200]})
+            if offers_several(sample.final):
+                return decide(False, "several_answers", drop=self.drop)
         right = self._library.verify(
             gold, said, float_rounding=self.precision, strict=self.strict, timeout_seconds=None
         )
@@ -68,3 +76,31 @@ class math_verify:
                 self._gold.clear()
             self._gold[text] = parsed
         return self._gold[text]
+
+
+def is_plain_number(expression: Any) -> bool:
+    """Whether the gold answer is one number."""
+    return bool(getattr(expression, "is_Number", False))
+
+
+def offers_several(text: str) -> bool:
+    """Whether the text names alternatives instead of one answer."""
+    try:
+        last_number(text)
+    except SeveralAnswers:
+        return True
+    return False
+
+
+def to_be_worked_out(expression: Any) -> bool:
+    """Whether a sympy expression is a sum, product or power of numbers, other than a fraction, a root or a multiple of one."""
+    if getattr(expression, "is_Add", False):
+        return not expression.free_symbols and sum(bool(part.is_Number) for part in expression.args) > 1
+    if getattr(expression, "is_Pow", False):
+        base, exponent = expression.args
+        # 3 x 10^4 is a number as it stands
+        return bool(base.is_Integer and base != 10 and exponent.is_Integer and exponent > 1)
+    if getattr(expression, "is_Mul", False):
+        factors = [part for part in expression.args if part.is_Integer and abs(part) != 1]
+        return len(factors) > 1 or any(to_be_worked_out(part) for part in expression.args)
+    return False

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.filters.builtin.last_number import SeveralAnswers, last_number
 from iterative_sft_cli.filters.builtin.spec import BuiltIn
 from iterative_sft_cli.types import Sample, Verdict
 
@@ -32,6 +33,12 @@ def _said(text: str, extract: str) -> str:
             return tags[-1].strip()
         if extract == "tag":
             return ""
+    if extract == "last_number":
+        try:
+            found = last_number(text)
+        except SeveralAnswers:
+            return ""
+        return "" if found is None else str(found.value) if found.value.denominator == 1 else found.text
     if extract == "last_line":
         return text.strip().rsplit("\n", 1)[-1].strip()
     return text.strip()
@@ -41,13 +48,14 @@ def reasoning_gym(
     sample: Sample,
     task: str | None = None,
     min_score: float = 1.0,
-    extract: Literal["auto", "tag", "text", "last_line"] = "auto",
+    extract: Literal["auto", "tag", "text", "last_line", "last_number"] = "auto",
     drop: bool = True,
 ) -> Verdict:
     """Keep a completion to which reasoning-gym's verifier of the task gives at least `min_score` (1.0: fully right).
 
     task: the task's name [the prompt's own, `metadata.source_dataset` of its row]. extract: what is handed to the
-    verifier: auto = the last <answer>...</answer>, without one the final part. The score is the verifier's, 0 to 1
+    verifier: auto = the last <answer>...</answer>, without one the final part; tag, text, last_line and last_number (as
+    numeric_answer reads it) are what they say. The score is the verifier's, 0 to 1
     (partial credit is below 1). Dropped as `wrong_answer` or `no_answer`.
     """
     metadata = sample.row.get("metadata") or {}
