@@ -12,6 +12,7 @@ import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from iterative_sft_cli.samples import (
     EVAL,
     EVAL_PROMPTS,
     GENERATED,
+    HINTED,
     PROMPTS,
     ROUND_VERDICTS,
     VERDICTS,
@@ -42,9 +44,14 @@ class SealedLines:
     """The lines of one sealed shard, none decoded yet; `meta` is what its seal says beside the checksum."""
 
     def __init__(self, data: bytes, meta: dict[str, Any]) -> None:
-        self._lines = data.split(b"\n")
-        self._lines.pop()
+        self._data = data
         self.meta = meta
+
+    @cached_property
+    def _lines(self) -> list[bytes]:
+        lines = self._data.split(b"\n")
+        lines.pop()
+        return lines
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -57,9 +64,9 @@ class SealedLines:
         """Line `index` as it is stored."""
         return self._lines[index]
 
-    def contain(self, text: bytes) -> bool:
-        """Whether any line holds these bytes."""
-        return any(text in line for line in self._lines)
+    def count(self, text: bytes) -> int:
+        """How often these bytes stand in it."""
+        return self._data.count(text)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every line, decoded one after the other."""
@@ -197,26 +204,28 @@ class RoundReader:
         """One sample with its prompt and verdicts; `lines` are those of its generated shard."""
         row = lines.row(position)
         sample = sample_from_row(row, self.prompt(row["prompt_id"]))
-        return StoredSample(sample, row["seed"], tuple(says), accepted)
+        return StoredSample(sample, row["seed"], tuple(says), accepted, HINTED in row)
 
-    def shards_of(self, prompt_id: str, *, together: bool) -> list[str]:
-        """The judged shards that hold samples of a prompt.
+    def shards_of(self, prompt_id: str, most: int | None = None) -> list[str]:
+        """The judged shards that hold samples of a prompt, in order; their bytes are searched, not decoded.
 
-        `together` says that one shard has them all: it is looked for near where the prompt stands in the round.
+        The search begins near where the prompt stands in the round and ends once `most` samples (None: never) are found.
         """
         at = self.prompts.position(prompt_id)
         if at is None:
             return []
         wanted = json.dumps(f"{self.round_index}-{prompt_id}-").encode("ascii")[:-1]
         guess = at * len(self.judged) // max(1, len(self.prompts))
-        order = sorted(range(len(self.judged)), key=lambda i: abs(i - guess)) if together else range(len(self.judged))
-        found = []
-        for name in (self.judged[i] for i in order):
-            if self._need(self._verdicts(name)).contain(wanted):
+        found, num_samples = [], 0
+        for index in sorted(range(len(self.judged)), key=lambda index: abs(index - guess)):
+            name = self.judged[index]
+            count = self._need(self._verdicts(name)).count(wanted)
+            if count:
                 found.append(name)
-                if together:
-                    break
-        return found
+                num_samples += count
+            if most is not None and num_samples >= most:
+                break
+        return sorted(found)
 
     def _verdicts(self, name: str) -> str:
         return name.replace(GENERATED, VERDICTS, 1)

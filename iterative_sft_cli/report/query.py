@@ -14,7 +14,7 @@ from typing import Any
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.report.paging import EvalReader, RoundReader, prompt_of
 from iterative_sft_cli.rundir import RunView
-from iterative_sft_cli.samples import EVAL, GENERATED, StoredSample
+from iterative_sft_cli.samples import EVAL, GENERATED, HINTED, StoredSample
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -86,12 +86,11 @@ class SampleQuery:
 
 def find_samples(view: RunView, query: SampleQuery, *, skip: int = 0) -> Iterator[StoredSample]:
     """The samples that `query` asks for, in the order of rounds and samples, without the first `skip`. Lazy."""
-    together = query.prompt_id is None or in_one_shard(view)
     for round_index in query.rounds:
         reader = EvalReader(view, round_index) if query.evaluation else RoundReader(view, round_index)
         names = reader.judged
         if query.prompt_id is not None:
-            names = reader.shards_of(query.prompt_id, together=together)
+            names = reader.shards_of(query.prompt_id, most_of(view, reader))
         for name in names:
             if skip and query.takes_all and (count := reader.count(name)) <= skip:
                 skip -= count
@@ -109,10 +108,13 @@ def find_samples(view: RunView, query: SampleQuery, *, skip: int = 0) -> Iterato
                 yield reader.stored(lines, position, says, accepted)
 
 
-def in_one_shard(view: RunView) -> bool:
-    """Whether all samples of a prompt are in one shard: they are not when some are asked for later than others."""
-    resolved = view.resolved
-    return resolved.get("generate", {}).get("until_accepted") is None and resolved.get("rationalize") is None
+def most_of(view: RunView, reader: RoundReader) -> int | None:
+    """The most samples of one prompt in a round, where that is known: not with second tries or a number that changes over rounds."""
+    if reader.names and HINTED in reader.names[-1]:
+        return None
+    section = view.resolved.get("eval" if isinstance(reader, EvalReader) else "generate") or {}
+    most = section.get("samples_per_prompt")
+    return most if isinstance(most, int) and not section.get("greedy") else None
 
 
 def unjudged(view: RunView, rounds: Sequence[int]) -> int:

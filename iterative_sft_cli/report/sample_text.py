@@ -32,6 +32,7 @@ def sample_row(stored: StoredSample) -> dict[str, Any]:
         "num_tokens": len(sample.completion_ids),
         "logprob": sample.logprob,
         "seed": stored.seed,
+        "hinted": stored.hinted,
         "says": [dict(one) for one in stored.says],
     }
 
@@ -70,7 +71,7 @@ def print_sample(rich: Any, stored: StoredSample, *, full: bool, with_prompt: bo
     head.append("  ")
     head.append(word, style=f"bold {style}")
     why = f"  {one_line(verdict_text(stored), 120)}  {len(sample.completion_ids)} tokens, {sample.finish_reason}"
-    head.append(safe_text(why), style="default")
+    head.append(safe_text(why) + ("  second try, with a hint" if stored.hinted else ""), style="default")
     rich.print(head, soft_wrap=True)
     if with_prompt:
         answer = "" if sample.answer is None else f"  (answer: {one_line(sample.answer, 80)})"

@@ -74,7 +74,8 @@ def write_large(
     path: Path, num_samples: int, *, per_prompt: int = 8, per_shard: int = 512, num_tokens: int = 40
 ) -> Path:
     """A run with one judged round of `num_samples`: every fourth sample accepted, the last prompt's all `rare`."""
-    config = yaml.safe_load(write_config(path.parent).read_text())
+    changes = {"generate": {"samples_per_prompt": per_prompt}}
+    config = yaml.safe_load(write_config(path.parent, **changes).read_text())
     RunDir.create(path, config_source=b"", resolved={**config, "output_dir": str(path)}, environment={}).close()
     num_prompts = num_samples // per_prompt
     prompts = [
