@@ -21,6 +21,9 @@ HALF = 0.05
 """Error that is always granted to half-precision types, nats; three times what two forwards of the model's own differ by if
 that is more. (SmolLM2-135M: transformers' bfloat16 forward is 0.08 from float32, the lean decoder 0.05.)"""
 
+MOST = 0.5
+"""Never more than this, nats."""
+
 
 def rows_of(vocab_size: int) -> list[list[int]]:
     """The probe's token rows: three prompts, each continued in two ways."""
@@ -82,4 +85,4 @@ def decoder_error(want: list[torch.Tensor], decoder: Decoder, vocab_size: int) -
 
 def granted(dtype: torch.dtype, noise: float) -> float:
     """The error that rounding may explain, nats."""
-    return EXACT if dtype in (torch.float32, torch.float64) else max(HALF, 3 * noise)
+    return EXACT if dtype in (torch.float32, torch.float64) else min(max(HALF, 3 * noise), MOST)

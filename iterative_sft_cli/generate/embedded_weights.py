@@ -28,6 +28,7 @@ class Replica:
         self.merged: list[tuple[Any, nn.Parameter]] = []
         self.sources: list[tuple[int, int]] = []
         self.model = self._build()
+        self.refresh()
 
     def is_of(self, live: nn.Module) -> bool:
         """Whether this replica still stands for `live`: same module, same parameter objects and storages."""
@@ -43,6 +44,19 @@ class Replica:
         for source_buffer, own in zip(self.live.buffers(), self._buffers, strict=True):
             if own is not None and own.shape == source_buffer.shape:
                 own.copy_(source_buffer)
+        self._verify()
+
+    def _verify(self) -> None:
+        """Raises RuntimeError unless every unmerged weight begins as the live one of its name does (a bug, not bad input)."""
+        merged = {id(own) for _, own in self.merged}
+        live = dict(self.live.named_parameters())
+        for name, own in self.model.named_parameters():
+            source = live.get(name)
+            if source is None or id(own) in merged:
+                continue
+            start = source.detach().flatten()[:16].to(own.device, own.dtype)
+            if not torch.equal(own.detach().flatten()[:16], start) and not bool(start.isnan().any()):
+                raise RuntimeError(f"generation would run on old weights: {name} differs from the trainer's")
 
     def _build(self) -> Any:
         layers = _adapter_layers(self.live) if self.merge else []
@@ -67,7 +81,6 @@ class Replica:
             twin = twin.unload()
             own_weights = {id(p) for p in twin.parameters()}
             self.pairs = [(s, own) for s, own in self.pairs if id(own) in own_weights]
-        self.refresh()
         return twin.to(self.device).eval()
 
 
