@@ -167,8 +167,9 @@ def seed_rows(section: Any, encoder: Any, base_dir: Path) -> list[TrainRow]:
 
     rows = []
     for index, (where, row) in enumerate(read_source(section, base_dir, "seed data")[0]):
-        by_messages = section.messages in row
-        missing = [] if by_messages else [name for name in (section.prompt, section.completion) if name not in row]
+        by_messages = section.messages is not None
+        names = [section.messages] if by_messages else [section.prompt, section.completion]
+        missing = [name for name in names if name not in row]
         if missing:
             raise DataError(f"no column `{missing[0]}`", where=where, hint=f"the columns are {', '.join(sorted(row))}")
         conversation = row[section.messages] if by_messages else (row[section.prompt], row[section.completion])

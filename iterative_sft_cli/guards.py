@@ -71,9 +71,20 @@ def check_budget(guards: Any, *, num_tokens: int, hours: float) -> None:
             where="guards.max_tokens",
             hint="raise it and run the same command again",
         )
+    check_hours(guards, hours)
+
+
+class HoursUp(GuardStop):
+    """The time that `guards.max_hours` gives this process is over; what is worth saving is saved first."""
+
+
+def check_hours(guards: Any, hours: float) -> None:
+    """Raises HoursUp when this process has worked for `guards.max_hours`."""
     if guards.max_hours is not None and hours >= guards.max_hours:
-        raise GuardStop(
-            f"the run took {hours:.2f} hours", where="guards.max_hours", hint="raise it and run the same command again"
+        raise HoursUp(
+            f"this process worked for {hours:.2f} hours",
+            where="guards.max_hours",
+            hint="run the same command again to go on",
         )
 
 

@@ -7,27 +7,27 @@ Every phase leaves sealed files; a phase whose files are there is read, not done
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 from iterative_sft_cli.config.expression import Expression
 from iterative_sft_cli.filters import FilterChain
 from iterative_sft_cli.guards import best_round, check_round
-from iterative_sft_cli.prompts import PromptHistory, needs_history, select_round
 from iterative_sft_cli.rounds.evaluation import evaluate, is_due
+from iterative_sft_cli.rounds.gather import Gathered, gather_rows
+from iterative_sft_cli.rounds.history import choose_prompts
 from iterative_sft_cli.rounds.judge import judge_round
 from iterative_sft_cli.rounds.sources import live_hash, sources_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.rounds.training import (
     commit_round,
-    gather_rows,
     plan_passes,
     seal_training_rows,
+    steps_span,
     train_round,
 )
 from iterative_sft_cli.rounds.weights import LIVE, ResumePoint, best_folder, restore, round_key
-from iterative_sft_cli.samples import PROMPTS, AcceptedEarlier, iter_round, prompt_to_row, read_prompts
+from iterative_sft_cli.samples import AcceptedEarlier, iter_round
 from iterative_sft_cli.stats import RoundCounter, TrainCounter
 
 
@@ -127,20 +127,21 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
     counter = count_round(stages, round_index)
     show_samples(stages, round_index)
     if check_round(counter, config.guards, round_index=round_index):
-        rows, scores = gather_rows(stages, config, round_index)
-        passes = plan_passes(config.train, rows, scores, seed=config.seed, round_index=round_index)
-        seal_training_rows(stages, round_index, rows, passes)
-        log("selected", num_rows=len(rows), num_steps=sum(len(one.steps) for one in passes))
+        found = gather_rows(stages, config, round_index)
+        passes = plan_passes(config.train, found, seed=config.seed, round_index=round_index)
+        seal_training_rows(stages, round_index, found.rows, passes)
+        log("selected", num_rows=len(found.rows), num_steps=sum(len(one.steps) for one in passes))
         if not point.in_training(round_index):
             place_weights(stages, config)
         train_round(
             stages,
             passes,
-            rows,
+            found.rows,
             round_index=round_index,
             keep_optimizer=config.train.optimizer_state == "keep",
             done=point.step or 0 if point.in_training(round_index) else 0,
             log=log,
+            span=steps_span(stages.config, round_index),
         )
     else:
         log("skipped", reason="nothing accepted")
@@ -152,7 +153,7 @@ def warm_up(stages: Stages, config: Any, point: ResumePoint, log: RoundLog) -> N
     if config.warmup is None:
         return
     section = config.warmup_training()
-    passes = plan_passes(section, stages.warmup_rows, [{}] * len(stages.warmup_rows), seed=config.seed, round_index=0)
+    passes = plan_passes(section, Gathered.of_seed_data(stages.warmup_rows), seed=config.seed, round_index=0)
     log("start", start_from="base", weights="base")
     train_round(stages, passes, stages.warmup_rows, round_index=0, keep_optimizer=False, done=point.step or 0, log=log)
     commit_round(stages, 0, with_state=config.train.start_from == "previous")
@@ -167,33 +168,6 @@ def place_weights(stages: Stages, config: Any) -> None:
         stages.learner.load_weights(best_folder(stages.run, stages.run.stats.rows(), config.eval.metric)[1])
     elif start == "warmup":
         stages.learner.load_weights(stages.run.checkpoints.verified(round_key(0)).path)
-
-
-def choose_prompts(stages: Stages, config: Any, round_index: int) -> list[Any]:
-    """The round's prompts, sealed once chosen."""
-    shards = stages.run.shards
-    if shards.read(round_index, PROMPTS) is None:
-        history = read_history(stages, round_index) if needs_history(config.prompts) else {}
-        chosen = select_round(
-            stages.prompts, config.prompts, round_index=round_index, seed=config.seed, history=history
-        )
-        shards.seal(round_index, PROMPTS, [prompt_to_row(prompt) for prompt in chosen], {})
-    return list(read_prompts(shards, round_index).values())
-
-
-def read_history(stages: Stages, round_index: int) -> Mapping[str, PromptHistory]:
-    """What became of every prompt in the rounds before this one."""
-    counts: dict[str, list[float]] = {}
-    for earlier in range(1, round_index):
-        rates: dict[str, list[int]] = {}
-        for stored in iter_round(stages.run.shards, earlier):
-            rate = rates.setdefault(stored.sample.prompt_id, [0, 0])
-            rate[0] += 1
-            rate[1] += stored.accepted
-        for prompt_id, (made, accepted) in rates.items():
-            samples, kept, _, _ = counts.get(prompt_id, [0, 0, 0, 0.0])
-            counts[prompt_id] = [samples + made, kept + accepted, earlier, accepted / made]
-    return {key: PromptHistory(int(n), int(a), int(last), rate) for key, (n, a, last, rate) in counts.items()}
 
 
 def count_round(stages: Stages, round_index: int) -> RoundCounter:

@@ -26,6 +26,7 @@ from iterative_sft_cli.config.fields import (
 )
 from iterative_sft_cli.config.findings import finding, show
 from iterative_sft_cli.config.schedule import Scheduled
+from iterative_sft_cli.config.section_run import ConditionText
 
 
 class DatasetSource(Section):
@@ -111,7 +112,7 @@ class CurriculumConfig(Section):
     """How far the highest level moves up, each round that `promote_if` allows."""
     width: Positive | None = None
     """Levels above `highest - width` are asked, 1 asks the highest alone; null asks all up to the highest."""
-    promote_if: Text | None = None
+    promote_if: ConditionText | None = None
     """Condition over the last round's statistics, such as `filters/accept_rate >= 0.9`, without which the level stays; null always moves up."""
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
+
+from iterative_sft_cli.config.condition import GRAMMAR, Condition
+from iterative_sft_cli.config.expression import ExpressionError
 from iterative_sft_cli.config.fields import (
     Count,
     CountFromZero,
@@ -15,7 +19,22 @@ from iterative_sft_cli.config.fields import (
     WordOrNumber,
     WordTag,
 )
+from iterative_sft_cli.config.findings import finding
 from iterative_sft_cli.config.schedule import Scheduled
+
+
+def condition(value: Any) -> Any:
+    """A condition over the statistics, checked for its grammar."""
+    if isinstance(value, str):
+        try:
+            Condition(value)
+        except ExpressionError as error:
+            raise finding(str(error), expected=GRAMMAR) from None
+    return value
+
+
+ConditionText = Annotated[Text, BeforeValidator(condition)]
+"""A condition over the statistics, kept as text."""
 
 
 class GuardsConfig(Section):
@@ -29,10 +48,10 @@ class GuardsConfig(Section):
     """Stop when a larger share of a round's completions was cut off at `max_new_tokens`; null never stops."""
     on_empty: Literal["stop", "skip", "fail"] = "stop"
     """A round without accepted samples: stop (exit 3, judged again at the next start), skip (weights untouched) or fail (exit 4)."""
-    stop_if: Text | None = None
-    """Condition over the statistics under which the run stops; null never stops."""
-    rollback_if: Text | None = None
-    """Condition over the statistics under which a round's weights are dropped for the best ones; null never does."""
+    stop_if: ConditionText | None = None
+    """Condition over the statistics under which the run stops after a round, such as `plateau(eval/pass@1, 2)`; null never stops."""
+    rollback_if: ConditionText | None = None
+    """Condition over the statistics under which a round's weights are dropped for the best ones, such as `eval/pass@1 < best(eval/pass@1) - 0.02`; null never does."""
     max_tokens: Count | None = None
     """Stop once so many tokens were generated, over the whole run; null for no limit."""
     max_hours: Positive | None = None

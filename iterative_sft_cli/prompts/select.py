@@ -48,6 +48,7 @@ def select_round(
     round_index: int,
     seed: int,
     history: Mapping[str, PromptHistory],
+    promotions: int | None = None,
 ) -> list[Prompt]:
     """The prompts of round `round_index` (from 1), in the order they are asked; empty when `skip` leaves none.
 
@@ -56,7 +57,7 @@ def select_round(
     - shuffle: seeded by (seed, round); under `per_round` every prompt is asked once before any is asked twice.
     - sequential: in the data's order, going on behind the prompts of the last round, wrapping.
     - curriculum: lowest level first; `per_round` says how far up a round goes, so a schedule on it makes it grow.
-      `curriculum` {start, step, width} asks only levels in a window that moves up by `step` a round.
+      `curriculum` {start, step, width} asks only levels in a window that has moved up by `step` `promotions` times (once a round when None).
     - hardest_first: lowest last acceptance rate first, never asked ones before all.
     - adaptive: longest not asked first, then lowest last acceptance rate (AdaSTaR, Koh et al. 2025).
     """
@@ -77,7 +78,8 @@ def select_round(
         start = (round_index - 1) * count % max(1, len(pool))
         return [*pool[start:], *pool[:start]][:count]
     if section.order == "curriculum":
-        pool = _window(pool, getattr(section, "curriculum", None), round_index)
+        moved = max(1, round_index) - 1 if promotions is None else promotions
+        pool = _window(pool, getattr(section, "curriculum", None), moved)
         return sorted(pool, key=lambda p: (_level_key(p), derive_seed(seed, "level", p.prompt_id)))[:count]
     if section.order in ("hardest_first", "adaptive"):
 
@@ -99,11 +101,11 @@ def _is_skipped(seen: PromptHistory | None, skip: Any) -> bool:
     return skip.solved_at_most is not None and seen.last_rate <= skip.solved_at_most
 
 
-def _window(pool: Sequence[Prompt], curriculum: Any, round_index: int) -> list[Prompt]:
-    """The prompts whose level is asked in this round; all without a window. Raises DataError for a level that is no number."""
+def _window(pool: Sequence[Prompt], curriculum: Any, moved: int) -> list[Prompt]:
+    """The prompts whose level is asked after the window moved up `moved` times; all without a window. Raises DataError for a level that is no number."""
     if curriculum is None:
         return list(pool)
-    highest = curriculum.start + curriculum.step * (max(1, round_index) - 1)
+    highest = curriculum.start + curriculum.step * moved
     inside = []
     for prompt in pool:
         kind, level, _ = _level_key(prompt)

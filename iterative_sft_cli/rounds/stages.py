@@ -58,6 +58,7 @@ class Stages:
     other_models: Mapping[str, Path] = field(default_factory=dict)
     hint_encoder: Any = None
     format_encoders: Sequence[Any] = ()
+    rates: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
     changes: Sequence[dict[str, Any]] = ()
     session: EngineSession = field(init=False)
     started: float = field(default_factory=time.monotonic)

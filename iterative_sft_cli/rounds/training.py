@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from iterative_sft_cli.config.expression import Expression
-from iterative_sft_cli.errors import DataError, GuardStop, Interrupted, OutOfMemoryError, Preempted
+from iterative_sft_cli.errors import GuardStop, Interrupted, OutOfMemoryError, Preempted
+from iterative_sft_cli.guards import HoursUp, check_hours
+from iterative_sft_cli.rounds.gather import SEED_DATA, Gathered
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.rounds.weights import round_key
-from iterative_sft_cli.samples import TRAIN, StoredSample, iter_accepted
+from iterative_sft_cli.samples import TRAIN
 from iterative_sft_cli.train.base import TrainOutOfMemory
-from iterative_sft_cli.train.pool import deal, draw_seed_rows, num_seed_rows, pool_rounds, times_trained
+from iterative_sft_cli.train.pool import deal, times_trained
 from iterative_sft_cli.types import TrainRow, derive_seed
 
 
@@ -25,51 +27,16 @@ class TrainPass:
     steps: list[list[int]]
 
 
-def scores_of(stored: StoredSample) -> dict[str, float | None]:
-    """What the filters scored a sample, by filter name."""
-    return {says["filter"]: says.get("score") for says in stored.says}
-
-
-def weight_of(expression: Expression | None, stored: StoredSample) -> float:
-    """The training weight that `train.weight_by` gives a sample; 1 without it. Raises DataError when a score is missing."""
-    if expression is None:
-        return 1.0
-    scores = scores_of(stored)
-    missing = sorted(name for name in expression.names if scores.get(name) is None)
-    if missing:
-        raise DataError(
-            f"sample {stored.sample.sample_id} has no score `{missing[0]}`",
-            where="train.weight_by",
-            hint="name a filter that scores every accepted sample",
-        )
-    return float(expression({name: float(scores[name] or 0.0) for name in expression.names}))
-
-
-def gather_rows(stages: Stages, config: Any, round_index: int) -> tuple[list[TrainRow], list[dict[str, float | None]]]:
-    """The rows of a round in the order of their rounds and samples, seed data last; and each row's scores."""
-    section = config.train
-    expression = Expression(section.weight_by) if section.weight_by is not None else None
-    rows: list[TrainRow] = []
-    scores: list[dict[str, float | None]] = []
-    for stored in iter_accepted(stages.run.shards, pool_rounds(section.data, round_index)):
-        rows.append(stages.encoder.training_row(stored.sample, weight=weight_of(expression, stored)))
-        scores.append(scores_of(stored))
-    if section.mix is not None:
-        wanted = num_seed_rows(float(section.mix.share), len(rows), len(stages.mix_rows))
-        for index in draw_seed_rows(len(stages.mix_rows), wanted, seed=config.seed, round_index=round_index):
-            rows.append(stages.mix_rows[index])
-            scores.append({})
-    return rows, scores
-
-
-def plan_passes(
-    section: Any, rows: Sequence[TrainRow], scores: Sequence[Mapping[str, float | None]], *, seed: int, round_index: int
-) -> list[TrainPass]:
+def plan_passes(section: Any, found: Gathered, *, seed: int, round_index: int) -> list[TrainPass]:
     """The passes of a round: one, or ReST's list of passes with rising thresholds (each on the rows that reach its threshold)."""
     planned = []
     for index, one in enumerate(section.passes or [None]):
-        settings = section if one is None else with_overrides(section, one)
-        keep = [i for i in range(len(rows)) if one is None or reaches(scores[i], one.by, float(one.min))]
+        settings = section if one is None else section.model_copy(update={"passes": None, **one.overrides()})
+        keep = [
+            i
+            for i, scores in enumerate(found.scores)
+            if one is None or one.threshold is None or reaches(scores, one.by, one.threshold)
+        ]
         steps = deal(
             len(keep),
             epochs=None if settings.epochs is None else float(settings.epochs),
@@ -78,30 +45,51 @@ def plan_passes(
             seed=seed,
             round_index=round_index,
             pass_index=index,
+            groups=None if section.new_share is None else share_out(section, [found.rounds[i] for i in keep]),
         )
         planned.append(TrainPass(settings, [[keep[i] for i in step] for step in steps]))
     return planned
 
 
-def with_overrides(section: Any, one: Any) -> Any:
-    """`train` with what a pass says differently; its epochs or steps replace both of `train`'s."""
-    update: dict[str, Any] = {"passes": None}
-    if one.learning_rate is not None:
-        update["learning_rate"] = one.learning_rate
-    if one.epochs is not None or one.steps is not None:
-        update |= {"epochs": one.epochs, "steps": one.steps}
-    return section.model_copy(update=update)
+def share_out(section: Any, rounds: Sequence[int]) -> list[tuple[list[int], float]]:
+    """(rows, share) of each round's rows and of the seed data under `train.new_share`: the newest round's share is fixed, earlier rounds
+    count 1 each and seed data `mix.weight` in what is left."""
+    if not rounds:
+        return []
+    members: dict[int, list[int]] = {}
+    for index, origin in enumerate(rounds):
+        members.setdefault(origin, []).append(index)
+    newest = max(members)
+    weights = {
+        origin: float(section.mix.weight) if origin == SEED_DATA and section.mix is not None else 1.0
+        for origin in members
+        if origin != newest
+    }
+    whole = sum(weights.values())
+    new = float(section.new_share) if whole else 1.0
+    shares = {newest: new, **{origin: (1.0 - new) * weight / whole for origin, weight in weights.items()}}
+    return [(members[origin], shares[origin]) for origin in sorted(members)]
 
 
 def reaches(scores: Mapping[str, float | None], by: str | None, threshold: float) -> bool:
-    """Whether a sample's score (of the expression `by`, or the only one there is) is at least `threshold`; seed data always is."""
+    """Whether a sample's value of the expression `by` is at least `threshold`; seed data (no scores) always does."""
     if not scores:
         return True
+    expression = Expression(str(by))
     known = {name: float(value) for name, value in scores.items() if value is not None}
-    if by is not None:
-        expression = Expression(by)
-        return set(expression.names) <= known.keys() and expression(known) >= threshold
-    return len(known) == 1 and next(iter(known.values())) >= threshold
+    return set(expression.names) <= known.keys() and expression(known) >= threshold
+
+
+def steps_span(config: Any, round_index: int) -> tuple[int, int] | None:
+    """(steps before this round, steps of all rounds) under `lr_schedule: continue`, which fixes the steps of every round."""
+    if config.train.lr_schedule != "continue":
+        return None
+    steps = []
+    for one in range(1, config.rounds + 1):
+        section = config.at_round(one).train
+        each = section.passes or [None]
+        steps.append(sum(int(section.steps if p is None or p.steps is None else p.steps) for p in each))
+    return sum(steps[: round_index - 1]), sum(steps)
 
 
 def train_round(
@@ -113,10 +101,12 @@ def train_round(
     keep_optimizer: bool,
     done: int,
     log: RoundLog,
+    span: tuple[int, int] | None = None,
 ) -> None:
     """Take the round's optimizer steps from step `done` on (0: all); weights and optimizer are already in place.
 
-    A signal saves the last whole step, then its exception goes on.
+    `span`: (steps before this round, steps of all rounds) of one learning-rate shape over all rounds; None for a shape of its own each pass.
+    A signal or the end of `guards.max_hours` saves the last whole step, then its exception goes on.
     """
     run, learner = stages.run, stages.learner
     total = sum(len(one.steps) for one in passes)
@@ -139,9 +129,8 @@ def train_round(
                     continue
                 resumed = step < done
                 seed = derive_seed(stages.config.seed, "train", round_index, index)
-                learner.begin(
-                    one.settings, len(one.steps), seed=seed, keep_optimizer=resumed or keep_optimizer or index > 0
-                )
+                before, whole = (0, len(one.steps)) if span is None else (span[0] + step, span[1])
+                learner.begin(one.settings, whole, seed=seed, keep_optimizer=resumed or keep_optimizer or index > 0)
                 for position, indices in enumerate(one.steps):
                     if step < done:
                         step += 1
@@ -149,7 +138,8 @@ def train_round(
                         continue
                     log.muted = False
                     stages.stop()
-                    stats = _step(stages, [rows[i] for i in indices], position, step, round_index)
+                    check_hours(stages.config.guards, stages.hours())
+                    stats = _step(stages, [rows[i] for i in indices], before + position, step, round_index)
                     _check_finite(one.settings, stats, round_index, step + 1)
                     step += 1
                     tokens += stats.get("num_tokens", 0)
@@ -158,7 +148,7 @@ def train_round(
                     if step < total and _save_is_due(stages.config.checkpoints, step - last_saved, last_save):
                         save_mid_round(stages, round_index, step)
                         last_saved, last_save = step, time.monotonic()
-        except (Preempted, Interrupted):
+        except (Preempted, Interrupted, HoursUp):
             affordable = stages.grace_s is None or stages.last_save_s <= stages.grace_s
             if step > last_saved and affordable:
                 save_mid_round(stages, round_index, step)

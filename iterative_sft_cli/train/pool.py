@@ -57,12 +57,17 @@ def deal(
     seed: int,
     round_index: int,
     pass_index: int = 0,
+    groups: Sequence[tuple[Sequence[int], float]] | None = None,
 ) -> Iterator[list[int]]:
     """The row indices of each optimizer step.
 
     Shuffles of all rows follow one another, one an epoch, each a function of (seed, round, pass, epoch); steps cut the stream into
-    pieces of `batch_size`, the last may be shorter.
+    pieces of `batch_size`, the last may be shorter. `groups`: (rows, share) parts that get their shares of the stream instead.
     """
+    if groups is not None:
+        total = num_dealt(num_rows, epochs=epochs, steps=steps, batch_size=batch_size) if num_rows else 0
+        yield from _cut(mixed_stream(groups, total, seed, round_index, pass_index), batch_size)
+        return
     left = num_dealt(num_rows, epochs=epochs, steps=steps, batch_size=batch_size) if num_rows else 0
     stream: list[int] = []
     epoch = 0
@@ -76,6 +81,33 @@ def deal(
         yield stream[:want]
         del stream[:want]
         left -= want
+
+
+def mixed_stream(
+    groups: Sequence[tuple[Sequence[int], float]], total: int, seed: int, round_index: int, pass_index: int
+) -> list[int]:
+    """`total` rows of which each group has its share (to the nearest row), in one shuffle; a group's rows take turns."""
+    exact = [share * total for _, share in groups]
+    counts = [math.floor(value + 1e-9) for value in exact]
+    order = sorted(range(len(groups)), key=lambda i: (counts[i] - exact[i], i))
+    for place in order[: total - sum(counts)]:
+        counts[place] += 1
+    stream: list[int] = []
+    for place, ((members, _), count) in enumerate(zip(groups, counts, strict=True)):
+        epoch = 0
+        while count > 0:
+            turn = list(members)
+            random.Random(derive_seed(seed, "train", round_index, pass_index, place, epoch)).shuffle(turn)
+            stream += turn[:count]
+            count -= len(turn)
+            epoch += 1
+    random.Random(derive_seed(seed, "train", round_index, pass_index, "mixed")).shuffle(stream)
+    return stream
+
+
+def _cut(stream: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(stream), size):
+        yield list(stream[start : start + size])
 
 
 def times_trained(dealt: Sequence[Sequence[int]], num_rows: int) -> list[int]:
