@@ -66,7 +66,8 @@ def run_experiment(
     command = command or f"isft train {shlex.quote(str(loaded.path))}"
     after = f"isft show {shlex.quote(str(path))}"
     check_choice(found, path, resume)
-    filters = resolve_filters(loaded.config.filters, base_dir=loaded.base_dir)
+    with loaded.placing_errors():
+        filters = resolve_filters(loaded.config.filters, base_dir=loaded.base_dir)
     if is_complete(found, loaded, allow_change):
         view.note(f"{safe_text(path)}: complete, {loaded.config.rounds} rounds; nothing to do")
         say_last_lines(view, path, loaded)

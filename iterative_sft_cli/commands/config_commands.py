@@ -31,11 +31,10 @@ def validate(
     """Check CONFIG: every error at once with its line, plug-ins resolved, no model loaded."""
     from iterative_sft_cli.config import load_config, resolved_yaml
     from iterative_sft_cli.errors import ConfigError
-    from iterative_sft_cli.filters import resolve_filters
+    from iterative_sft_cli.filters import check_filters
 
     try:
-        loaded = load_config(config, list(overrides or []))
-        resolve_filters(loaded.config.filters, base_dir=loaded.base_dir)
+        loaded = load_config(config, list(overrides or []), checks=[check_filters])
     except ConfigError as error:
         if not as_json:
             raise

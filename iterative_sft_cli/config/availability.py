@@ -19,6 +19,8 @@ NOT_YET: dict[str | tuple[str, Any], str] = {
     "generate.engine": "engines other than transformers",
     ("generate.from", "warmup"): "drawing from the warm-up",
     ("generate.from", list): "several models",
+    "eval.rank_by": "best@k",
+    "generate.search": "a search for temperature and threshold",
     "generate.openai": "engines other than transformers",
     "generate.startup_timeout_s": "engines other than transformers",
     "generate.timeout_s": "engines other than transformers",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ _PLACEHOLDERS: dict[tuple[Step, ...], Any] = {
     ("train", "data"): "replace",
 }
 
-Check = Callable[[Config, Path], object]
-"""A further check; raises ConfigError with problems that begin with the path of a key."""
+Check = Callable[[Config, Path, bool], object]
+"""A further check over (config, base_dir, whether nothing else is wrong), such as that of the filters' names and arguments: it raises
+ConfigError with problems that begin with the path of a key, and imports third-party modules only when nothing else is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +115,19 @@ class LoadedConfig:
         found = list(_placed(error, self.places))
         return InvalidConfig(found, hint=error.hint) if found else error
 
+    @contextmanager
+    def placing_errors(self) -> Iterator[None]:
+        """Inside, a ConfigError that names a key gets the key's place."""
+        try:
+            yield
+        except ConfigError as error:
+            raise self.placed(error) from error.__cause__
+
 
 def load_config(path: Path, overrides: Sequence[str] = (), *, checks: Sequence[Check] = ()) -> LoadedConfig:
     """Read and check the config at `path` with `key.path=value` overrides laid over it.
 
-    `checks` are run when nothing else is wrong. Raises InvalidConfig (a ConfigError) with all problems, sorted by place.
+    `checks` see the config unless its filters cannot be read. Raises InvalidConfig (a ConfigError) with all problems, sorted by place.
     """
     path = Path(path)
     source = _read(path)
@@ -205,14 +215,16 @@ def _resolve(
     filled, findings = (config.output_dir, []) if as_it_is else fill_placeholders(config.output_dir, config.to_tree())
     if ("output_dir",) not in tainted:
         problems += [places.problem(f.path, f.what, f.expected, f.meant) for f in findings]
-    if problems:
-        raise InvalidConfig(problems)
     config = config.model_copy(update={"output_dir": str(Path(filled).expanduser())})
-    for one in checks:
+    clean = not problems
+    for one in () if any(path[0] == "filters" for path in tainted) else checks:
         try:
-            one(config, base_dir)
+            one(config, base_dir, clean)
         except ConfigError as error:
-            problems += _placed(error, places) or _reraise(error)
+            found = list(_placed(error, places))
+            if not found:
+                raise
+            problems += found
     if problems:
         raise InvalidConfig(problems)
     return LoadedConfig(config, source, config.to_tree(), base_dir, path, list(advice(config)), data, places)
@@ -295,10 +307,6 @@ def _placed(error: ConfigError, places: Places) -> Iterator[Problem]:
             yield places.problem(undotted(key) if colon else (), what if colon else text)
         except ValueError:
             yield places.problem((), text)
-
-
-def _reraise(error: ConfigError) -> list[Problem]:
-    raise error
 
 
 def _spans(value: Any, path: tuple[Step, ...]) -> Iterator[tuple[tuple[Step, ...], Mapping[str, Any]]]:

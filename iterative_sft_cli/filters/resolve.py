@@ -173,8 +173,8 @@ def resolve_filters(
             except IsftError as error:
                 failure = failure or error
     named = _name_all(entries, found, problems)
-    if all(one is not None for one in found):  # else a name may be that of the filter that is wrong
-        problems += _check_scores(named)
+    # a name may be that of a filter that could not be resolved
+    problems += _check_scores(named, {entry.name for entry, one in zip(entries, found, strict=True) if one is None})
     if problems:
         raise ConfigError("the filters cannot be used", problems=problems)
     if failure is not None:
@@ -353,13 +353,13 @@ def _name_all(
     return named
 
 
-def _check_scores(filters: Sequence[ResolvedFilter]) -> list[str]:
-    """A name in `by` must be an earlier filter's or one of the sample's own numbers."""
+def _check_scores(filters: Sequence[ResolvedFilter], unresolved: set[str]) -> list[str]:
+    """A name in `by` must be an earlier filter's, or one of the sample's own numbers; names of `unresolved` filters are let pass."""
     problems: list[str] = []
     for index, one in enumerate(filters):
         before = [earlier.name for earlier in filters[:index]]
         for name in sorted(one.reads):
-            if name in before or name in SAMPLE_FIELDS:
+            if name in before or name in SAMPLE_FIELDS or name in unresolved:
                 continue
             later = [other.name for other in filters[index:]]
             why = "comes from a later filter" if name in later else "is no earlier filter's score"

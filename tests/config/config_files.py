@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from unittest import mock
 
-from iterative_sft_cli.config import InvalidConfig, LoadedConfig, load_config
+from iterative_sft_cli.config import InvalidConfig, LoadedConfig, availability, load_config
 
 SHORT = """\
 model: HuggingFaceTB/SmolLM2-135M-Instruct   # hub id, local folder, or .gguf file
@@ -30,9 +31,15 @@ def write(folder: Path, text: str | bytes = SHORT, name: str = "config.yaml") ->
     return path
 
 
+def read(path: Path, *overrides: str) -> LoadedConfig:
+    """A config with the whole schema available, whatever is still refused."""
+    with mock.patch.object(availability, "NOT_YET", {}):
+        return load_config(path, overrides)
+
+
 def load(folder: Path, *overrides: str, text: str | bytes = SHORT) -> LoadedConfig:
     """The short config, or `text`, with overrides."""
-    return load_config(write(folder, text), overrides)
+    return read(write(folder, text), *overrides)
 
 
 def problems(folder: Path, *overrides: str, text: str | bytes = SHORT) -> list[str]:

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from config_files import load, problems
+from config_files import write
 
-from iterative_sft_cli.config import availability
+from iterative_sft_cli.config import InvalidConfig, availability, load_config
 from iterative_sft_cli.config.availability import NOT_YET
 
 
@@ -42,23 +42,26 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_is_not_available_is_refused_where_it_stands(tmp_path: Path, override: str, said: str) -> None:
-    assert problems(tmp_path, override) == [f"command line: {said}"]
+    with pytest.raises(InvalidConfig) as caught:
+        load_config(write(tmp_path), [override])
+    assert caught.value.problems == [f"command line: {said}"]
 
 
 @pytest.mark.parametrize(
     "override", ["rationalize=none", "generate.vllm={}", "generate.top_k=0", "eval.lm_eval=null", "generate.from=base"]
 )
 def test_its_default_is_not(tmp_path: Path, override: str) -> None:
-    load(tmp_path, override)
+    load_config(write(tmp_path), [override])
 
 
 def test_a_key_that_is_wrong_anyway_is_told_only_that(tmp_path: Path) -> None:
-    said = problems(tmp_path, "rationalize={template: hint}")
-    assert len(said) == 1 and "{answer}" in said[0]
+    with pytest.raises(InvalidConfig) as caught:
+        load_config(write(tmp_path), ["rationalize={template: hint}"])
+    assert len(caught.value.problems) == 1 and "{answer}" in caught.value.problems[0]
 
 
 def test_the_short_form_of_the_design_needs_nothing_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(availability, "NOT_YET", NOT_YET)
-    load(tmp_path)
+    load_config(write(tmp_path))

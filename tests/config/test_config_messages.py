@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from config_files import load, problems, write
+from config_files import SHORT, load, problems, write
 
-from iterative_sft_cli.config import InvalidConfig, load_config, parse_config
+from iterative_sft_cli.config import Config, InvalidConfig, load_config, parse_config
 from iterative_sft_cli.errors import ConfigError
 
 BAD = """\
@@ -164,14 +164,31 @@ def test_one_mistake_gives_one_message(tmp_path: Path) -> None:
     assert said == ['config.yaml:3:9: rounds: "x" is text, expected an integer.']
 
 
-def test_further_checks_are_placed_in_the_file(tmp_path: Path) -> None:
-    def check(config: object, base_dir: Path) -> None:
+def test_further_checks_are_placed_in_the_file_beside_the_rest(tmp_path: Path) -> None:
+    seen = []
+
+    def check(config: Config, base_dir: Path, clean: bool) -> None:
+        seen.append((len(config.filters), base_dir, clean))
         raise ConfigError("x", problems=["filters[2]: dedup: no argument `foo`", "something else"])
 
-    with pytest.raises(InvalidConfig) as caught:
-        load_config(write(tmp_path), checks=[check])
-    said = [line.replace(f"{tmp_path}/", "") for line in caught.value.problems]
-    assert said == ["config.yaml:1:1: something else.", "config.yaml:9:5: filters[2]: dedup: no argument `foo`."]
+    found = ["config.yaml:1:1: something else.", "config.yaml:9:5: filters[2]: dedup: no argument `foo`."]
+    for text, more in (
+        (SHORT, []),
+        (SHORT.replace("rounds: 3", "rounds: x"), ['config.yaml:3:9: rounds: "x" is text, expected an integer.']),
+    ):
+        with pytest.raises(InvalidConfig) as caught:
+            load_config(write(tmp_path, text), checks=[check])
+        said = [line.replace(f"{tmp_path}/", "") for line in caught.value.problems]
+        assert said == [found[0], *more, found[1]]
+    assert seen == [(4, tmp_path, True), (4, tmp_path, False)]
+
+
+def test_filters_that_cannot_be_read_are_not_checked_further(tmp_path: Path) -> None:
+    def check(config: Config, base_dir: Path, clean: bool) -> None:
+        raise AssertionError
+
+    with pytest.raises(InvalidConfig):
+        load_config(write(tmp_path), ["filters[0]=3"], checks=[check])
 
 
 def test_a_later_error_gets_its_place_too(tmp_path: Path) -> None:
@@ -180,6 +197,8 @@ def test_a_later_error_gets_its_place_too(tmp_path: Path) -> None:
     assert str(placed).replace(f"{tmp_path}/", "") == (
         "config.yaml:1:8: model.path: no such model, expected a folder.\nhint: look again"
     )
+    with pytest.raises(InvalidConfig, match=r"config.yaml:9:5: filters\[2\]: odd"), loaded.placing_errors():
+        raise ConfigError("odd", where="filters[2]")
     other = ConfigError("no such thing", where="somewhere else")
     assert loaded.placed(other) is other
 

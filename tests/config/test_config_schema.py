@@ -3,10 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from config_files import SHORT, load, problems
+from config_files import SHORT, load, problems, read
 from pydantic import ValidationError
 
-from iterative_sft_cli.config import Config, FilterEntry, WindowConfig, load_config, resolved_yaml
+from iterative_sft_cli.config import Config, FilterEntry, WindowConfig, resolved_yaml
 from iterative_sft_cli.config.walk import leaves
 
 FULL = """\
@@ -130,7 +130,7 @@ def test_the_resolved_yaml_loads_to_the_same_config(tmp_path: Path) -> None:
         loaded = load(tmp_path, text=text)
         again = tmp_path / "resolved.yaml"
         again.write_text(resolved_yaml(loaded.config))
-        second = load_config(again)
+        second = read(again)
         assert second.config == loaded.config and second.merged == loaded.merged
 
 
@@ -157,7 +157,7 @@ def test_texts_that_look_like_other_things_survive_the_resolved_yaml(tmp_path: P
         )
         again = tmp_path / "resolved.yaml"
         again.write_text(resolved_yaml(config))
-        assert load_config(again).config.generate.stop == [value]
+        assert read(again).config.generate.stop == [value]
 
 
 def test_decoding_of_eval_is_its_own_where_given_and_else_that_of_round_1(tmp_path: Path) -> None:

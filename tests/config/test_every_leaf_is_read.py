@@ -17,15 +17,7 @@ from iterative_sft_cli.config.walk import attribute_of, leaves, section_at
 PACKAGE = Path(iterative_sft_cli.__file__).parent
 
 # Keys that are neither read nor refused yet. Empty this set: read the key, or put it into NOT_YET.
-UNREAD: set[str] = {
-    "eval.rank_by",
-    "generate.search.enough",
-    "train.evict",
-    "train.formats[].completion",
-    "train.formats[].few_shot",
-    "train.formats[].prompt",
-    "train.new_share",
-}
+UNREAD: set[str] = set()
 
 
 def names_read(source: str) -> Iterator[str]:
