@@ -101,7 +101,6 @@ class judge:
         self._max_tokens = max_tokens
         self._retry_s = retry_s
         self._prices = prices
-        self._client: Any = None
         self.timeout_s = 60.0
 
     def __call__(self, sample: Sample) -> Verdict:
@@ -122,10 +121,10 @@ class judge:
         for attempt in range(3):
             seed = derive_seed("judge", sample.sample_id, vote, attempt) % (1 << 31)
             reply = self._send(self._render(sample), seed)
-            usage = getattr(reply, "usage", None)
-            if usage is not None:
-                spent[0] += int(getattr(usage, "prompt_tokens", 0) or 0)
-                spent[1] += int(getattr(usage, "completion_tokens", 0) or 0)
+            usage = reply.get("usage")
+            if isinstance(usage, dict):
+                spent[0] += int(usage.get("prompt_tokens") or 0)
+                spent[1] += int(usage.get("completion_tokens") or 0)
             try:
                 return self._read(reply)
             except ValueError as error:
@@ -148,7 +147,8 @@ class judge:
         # one pass: what a completion holds is never taken for a field
         return _FIELD.sub(lambda match: fields[match[1]], self._template)
 
-    def _send(self, text: str, seed: int) -> Any:
+    def _send(self, text: str, seed: int) -> dict[str, Any]:
+        """One answered request. Raises DataError when the server refuses or stays away."""
         schema = {
             "type": "object",
             "properties": {
@@ -158,60 +158,65 @@ class judge:
             "required": ["reason", "score"],
             "additionalProperties": False,
         }
+        request = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": self._max_tokens,
+            "temperature": self._temperature,
+            "seed": seed,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "verdict", "schema": schema, "strict": True},
+            },
+        }
         give_up = time.monotonic() + self._retry_s
         pause = 0.5
         while True:
-            try:
-                return self._connect().chat_completion(
-                    [{"role": "user", "content": text}],
-                    model=self._model,
-                    max_tokens=self._max_tokens,
-                    temperature=self._temperature,
-                    seed=seed,
-                    response_format={
-                        "type": "json_schema",
-                        "json_schema": {"name": "verdict", "schema": schema, "strict": True},
-                    },
+            reply, problem, asked = self._post(request)
+            if reply is not None:
+                return reply
+            wait = max(pause, asked)
+            if time.monotonic() + wait > give_up:
+                raise DataError(
+                    f"the judge at {self._base_url} does not answer: {problem}",
+                    hint="check that the server runs and serves the model; `retry_s` is how long to try",
                 )
-            except OSError as error:
-                wait = self._wait_for(error, pause)
-                if time.monotonic() + wait > give_up:
-                    raise DataError(
-                        f"the judge at {self._base_url} does not answer: {_brief(error)}",
-                        hint="check that the server runs and serves the model; `retry_s` is how long to try",
-                    ) from error
-                time.sleep(wait)
-                pause = min(pause * 2, 30.0)
+            time.sleep(wait)
+            pause = min(pause * 2, 30.0)
 
-    def _wait_for(self, error: OSError, pause: float) -> float:
-        """Seconds to wait before the next try. Raises DataError for an error that time does not mend."""
-        response = getattr(error, "response", None)
-        status = getattr(response, "status_code", None)
-        if status is None or status in RETRY_STATUS:
-            asked = str(response.headers.get("retry-after", "")) if response is not None else ""
-            return max(pause, float(asked)) if asked.isdigit() else pause
+    def _post(self, request: dict[str, Any]) -> tuple[dict[str, Any] | None, str, float]:
+        """(reply, "", 0) or (None, what is wrong, seconds the server asks to wait). Raises DataError when it refuses."""
+        # the hub's own session: its InferenceClient rewrites `response_format` into a dialect other servers ignore
+        from huggingface_hub.utils import get_session
+
+        headers = {"Authorization": f"Bearer {os.environ[self._api_key_env]}"} if self._api_key_env else {}
+        url = self._base_url.rstrip("/") + "/chat/completions"
+        try:
+            response = get_session().post(url, json=request, headers=headers, timeout=self.timeout_s)
+            status = int(response.status_code)
+            if status == 200:
+                reply = response.json()
+                return (reply, "", 0.0) if isinstance(reply, dict) else (None, "it sent no JSON object", 0.0)
+        except Exception as error:
+            # the session's library, and so its exceptions, differ between versions of the hub client
+            return None, f"{type(error).__name__}: {str(error)[:200]}", 0.0
+        problem = f"status {status}: {response.text[:200]}"
+        if status in RETRY_STATUS:
+            asked = str(response.headers.get("retry-after", ""))
+            return None, problem, float(asked) if asked.isdigit() else 0.0
         hint = "check `model` and `base_url`"
         if status in (401, 403):
-            hint = (
-                f"check the key in {self._api_key_env}"
-                if self._api_key_env
-                else "name the key's variable with `api_key_env`"
-            )
-        raise DataError(f"the judge at {self._base_url} refuses: {_brief(error)}", hint=hint) from error
+            name = self._api_key_env
+            hint = f"check the key in {name}" if name else "name the key's variable with `api_key_env`"
+        raise DataError(f"the judge at {self._base_url} refuses: {problem}", hint=hint)
 
-    def _connect(self) -> Any:
-        if self._client is None:
-            from huggingface_hub import InferenceClient
-
-            # a key of our own keeps the client from sending the user's hub token to this server
-            key = os.environ[self._api_key_env] if self._api_key_env else "none"
-            self._client = InferenceClient(base_url=self._base_url, api_key=key, timeout=self.timeout_s)
-        return self._client
-
-    def _read(self, reply: Any) -> tuple[float, str]:
+    def _read(self, reply: dict[str, Any]) -> tuple[float, str]:
         """(score, reason). Raises ValueError for an answer that is not what was asked for."""
-        text = reply.choices[0].message.content if reply.choices else None
-        if not text:
+        try:
+            text = reply["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            text = None
+        if not isinstance(text, str) or not text:
             raise ValueError("it is empty")
         start, end = text.find("{"), text.rfind("}")
         try:
@@ -225,7 +230,3 @@ class judge:
         if not self._low <= score <= self._high:
             raise ValueError(f"the score {score} is outside {self._low:g} to {self._high:g}")
         return float(score), str(fields.get("reason", ""))
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
