@@ -77,7 +77,8 @@ def entry(server: Server, **more: Any) -> dict[str, Any]:
     return {"use": "judge", "args": {"base_url": server.url, "model": "m", "retry_s": 5.0, **more}, **long}
 
 
-def test_it_scores_and_counts(judge: Judge, server: Server) -> None:
+def test_it_scores_and_counts(judge: Judge, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     samples = [new_sample(f"answer {i}", i=i, prompt=f"p{i}") for i in range(10)]
     judged = judge(samples, entry(server, prices=[1.0, 10.0]), {"threshold": {"by": "judge", "min": 6.5}})
     assert all(one.kept and one.says[0].score == 7.0 for one in judged)
@@ -125,7 +126,14 @@ def test_an_unusable_answer_is_asked_again_then_an_error(judge: Judge, server: S
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(401, "refuses"), (403, "refuses"), (404, "refuses"), (400, "refuses"), (500, "does not answer")],
+    [
+        (401, "refuses"),
+        (403, "refuses"),
+        (404, "refuses"),
+        (400, "refuses"),
+        (302, "refuses"),
+        (500, "does not answer"),
+    ],
 )
 def test_a_server_that_refuses_is_no_samples_fault(judge: Judge, server: Server, status: int, message: str) -> None:
     server.script = lambda request, count: (status, "no")
