@@ -29,7 +29,7 @@ def validate(
     as_json: AsJson = False,
 ) -> int:
     """Check CONFIG: every error at once with its line, plug-ins resolved, no model loaded."""
-    from iterative_sft_cli.config import load_config, resolved_yaml
+    from iterative_sft_cli.config import InvalidConfig, load_config, resolved_yaml
     from iterative_sft_cli.errors import ConfigError
     from iterative_sft_cli.filters import check_filters
 
@@ -38,7 +38,8 @@ def validate(
     except ConfigError as error:
         if not as_json:
             raise
-        print_json({"valid": False, "problems": error.problems or [error.render()]})
+        details = [problem.to_tree() for problem in error.details] if isinstance(error, InvalidConfig) else []
+        print_json({"valid": False, "problems": error.problems or [error.render()], "details": details})
         return error.exit_code
     if as_json:
         print_json({"valid": True, "warnings": loaded.warnings, **({"config": loaded.merged} if resolved else {})})

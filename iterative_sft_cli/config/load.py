@@ -206,7 +206,10 @@ def _resolve(
     problems += found
     if config is None:
         raise InvalidConfig(problems)
-    rules = [places.problem(f.path, f.what, f.expected, f.meant, key=f.key) for f in check(config, base_dir, tainted)]
+    rules = [
+        places.problem(_as_written(f.path, data), f.what, f.expected, f.meant, key=f.key)
+        for f in check(config, base_dir, tainted)
+    ]
     problems += rules
     said = tainted | {problem.path for problem in rules}
     for at, what, words in unavailable(config):
@@ -292,6 +295,15 @@ def _prune(tree: dict[str, Any], path: tuple[Step, ...], kind: str) -> None:
         here[steps[-1]] = replacement
     elif isinstance(here, dict):
         here.pop(steps[-1], None)
+
+
+def _as_written(path: tuple[Step, ...], data: Mapping[str, Any]) -> tuple[Step, ...]:
+    """The path of a filter's argument as the file has it: below the filter's name in the short form."""
+    if path[:1] == ("filters",) and len(path) > 2 and path[2] in ("args", "bare"):
+        entry = data["filters"][path[1]]
+        if isinstance(entry, dict) and "use" not in entry and len(entry) == 1:
+            return (*path[:2], *entry, *path[3:])
+    return path
 
 
 def _placed(error: ConfigError, places: Places) -> Iterator[Problem]:

@@ -307,10 +307,13 @@ def known_trackers(config: Config, base_dir: Path) -> Iterator[Finding]:
 @rule("rounds")
 def schedules_reach(config: Config, base_dir: Path) -> Iterator[Finding]:
     """A list by rounds names a value for each, and every value that a schedule reaches is allowed."""
-    for path, schedule in _schedules(config, ()):
+    found = list(_schedules(config, ()))
+    for path, schedule in found:
         if schedule.kind == "by_round" and len(schedule.values) < config.rounds:
             what = f"{len(schedule.values)} values for {config.rounds} rounds"
             yield Finding((*path, "by_round"), what, f"at least {config.rounds}; repeat the last one to hold it")
+    if not found:
+        return
     last = min(config.rounds, 10**6)
     try:
         Config.model_validate(config.at_round(last).model_dump(by_alias=True))

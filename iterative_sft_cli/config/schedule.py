@@ -15,7 +15,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from iterative_sft_cli.config.findings import finding, finding_from, what_is
+from iterative_sft_cli.config.findings import finding, finding_from, show, what_is
 
 SCHEDULE_KEYS = frozenset({"by_round", "linear", "start", "factor", "add", "max", "min", "span"})
 _HEADS = ("by_round", "linear", "start")
@@ -51,7 +51,7 @@ class Schedule:
             number = second if share == 1.0 else first + (second - first) * share
         elif self.kind == "factor":
             try:
-                number = first * second**position
+                number = first * float(second) ** position
             except OverflowError:
                 number = math.copysign(math.inf, first)
         else:
@@ -157,6 +157,8 @@ def parse_schedule(value: Mapping[str, Any], *, integer: bool = False, at: tuple
             expected="exactly one of factor and add",
             at=at,
         )
+    if steps == ["factor"] and isinstance(value["factor"], int | float) and not value["factor"] > 0:
+        raise finding(f"{show(value['factor'])} is too small", expected="more than 0", at=(*at, "factor"))
     start, step = _number(value["start"], (*at, "start")), _number(value[steps[0]], (*at, steps[0]))
     bounds = {key: None if value.get(key) is None else _number(value[key], (*at, key)) for key in ("max", "min")}
     return Schedule(steps[0], (start, step), max=bounds["max"], min=bounds["min"], span=span, integer=integer)

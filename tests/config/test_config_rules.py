@@ -49,6 +49,12 @@ IMPOSSIBLE: list[tuple[list[str], str, str]] = [
         "eval.reasoning_gym.seed",
         "are trained on",
     ),
+    (
+        ["filters[3]={threshold: {by: dedup, min: {by_round: [1]}}}"],
+        "filters[3].threshold.min.by_round",
+        "1 values for 3",
+    ),
+    (["filters[3]={use: threshold, args: {min: {by_round: [1]}}}"], "filters[3].args.min.by_round", "1 values for 3"),
     (["filters=[]"], "eval", "nothing says which answers are correct"),
     (["eval.path=null"], "eval", "no source of prompts"),
     (["prompts.path=null"], "prompts", "no source of prompts"),
@@ -86,7 +92,11 @@ IMPOSSIBLE: list[tuple[list[str], str, str]] = [
     (["generate.args={a: 1}"], "generate.args", "takes no args"),
     (["generate.temperature={by_round: [1, 0.5]}"], "generate.temperature.by_round", "2 values for 3 rounds"),
     (["rounds=4", "generate.top_k={by_round: [1, 2, 3]}"], "generate.top_k.by_round", "3 values for 4 rounds"),
-    (["filters[3]={max_per_prompt: {by_round: [1, 2]}}"], "filters[3].bare.by_round", "2 values for 3 rounds"),
+    (
+        ["filters[3]={max_per_prompt: {by_round: [1, 2]}}"],
+        "filters[3].max_per_prompt.by_round",
+        "2 values for 3 rounds",
+    ),
     (["train.steps={start: 40, add: -30}"], "train.steps", "-20 is too small in round 3"),
     (["train.epochs={start: 1, factor: 1e300}"], "train.epochs", "in round 3"),
     (["generate.until_accepted=9"], "generate.until_accepted", "9 can never be accepted of 8 samples"),
@@ -195,3 +205,20 @@ def test_what_will_probably_disappoint_is_said(tmp_path: Path, overrides: list[s
 )
 def test_and_what_will_not_is_not(tmp_path: Path, overrides: list[str]) -> None:
     assert load(tmp_path, *overrides).warnings == []
+
+
+def test_the_names_that_rules_know_are_those_of_the_package() -> None:
+    import ast
+
+    from iterative_sft_cli.config import advice, rules_rounds
+    from iterative_sft_cli.filters.builtin import NAMES
+
+    assert set(NAMES) >= rules_rounds.ROUND_WIDE | rules_rounds.ANSWER_FILTERS | advice.PARTIAL_CREDIT
+    source = Path(rules_rounds.__file__).parent.parent / "train" / "objectives.py"
+    built_in = next(
+        node.value
+        for node in ast.parse(source.read_text()).body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "BUILTIN"
+    )
+    assert isinstance(built_in, ast.Dict)
+    assert {key.value for key in built_in.keys if isinstance(key, ast.Constant)} == set(rules_rounds.OBJECTIVES)

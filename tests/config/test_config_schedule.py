@@ -62,15 +62,17 @@ def test_a_linear_schedule_meets_its_ends_and_stays_between(first: float, last: 
 @given(start=numbers, step=numbers, low=numbers, high=numbers, rounds=st.integers(1, 30))
 def test_bounds_hold_in_every_round(start: float, step: float, low: float, high: float, rounds: int) -> None:
     low, high = sorted((low, high))
-    for kind in ("factor", "add"):
-        schedule = parse_schedule({"start": start, kind: step, "min": low, "max": high}).bound(rounds)
+    for kind, by in (("factor", abs(step) + 0.1), ("add", step)):
+        schedule = parse_schedule({"start": start, kind: by, "min": low, "max": high}).bound(rounds)
         assert all(low <= schedule.value(r) <= high for r in range(1, rounds + 1))
 
 
-@given(st.integers(1, 10**6), st.floats(0, 1e9))
-def test_no_schedule_overflows_into_an_exception(round_index: int, factor: float) -> None:
-    value = Schedule("factor", (1.0, factor), integer=True).value(round_index)
-    assert not math.isnan(value)
+@given(st.integers(1, 10**6), st.floats(1e-9, 1e9) | st.integers(1, 10**9), st.integers(-(2**62), 2**62))
+def test_no_schedule_overflows_into_an_exception(round_index: int, factor: float, start: int) -> None:
+    for integer in (True, False):
+        for kind in ("factor", "add"):
+            value = Schedule(kind, (start, factor), integer=integer).value(round_index)
+            assert not math.isnan(value)
 
 
 def test_what_is_a_schedule_and_what_only_shares_a_word() -> None:
