@@ -17,7 +17,7 @@ def check_round(counter: RoundCounter, guards: Any, *, round_index: int) -> bool
     """
     row = counter.filters_row()
     generated = counter.generate_row()
-    if counter.num_accepted == 0:
+    if counter.num_trainable == 0:
         if guards.on_empty == "skip":
             return False
         what, hint = explain_empty(counter, round_index)

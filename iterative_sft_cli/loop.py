@@ -7,13 +7,15 @@ Every phase leaves sealed files; a phase whose files are there is read, not done
 from __future__ import annotations
 
 import time
-from itertools import islice
 from typing import Any
 
+from iterative_sft_cli.alarms import say_alarms
 from iterative_sft_cli.config.expression import Expression
 from iterative_sft_cli.filters import FilterChain
 from iterative_sft_cli.guards import best_round, check_round
-from iterative_sft_cli.rounds.evaluation import evaluate, is_due
+from iterative_sft_cli.rounds.decisions import check_stop, roll_back
+from iterative_sft_cli.rounds.evaluation import eval_filters, evaluate, is_due
+from iterative_sft_cli.rounds.figures import count_round, follow_seed_loss, log_selected, round_row, show_samples
 from iterative_sft_cli.rounds.gather import Gathered, gather_rows
 from iterative_sft_cli.rounds.history import choose_prompts
 from iterative_sft_cli.rounds.judge import judge_round
@@ -27,8 +29,7 @@ from iterative_sft_cli.rounds.training import (
     train_round,
 )
 from iterative_sft_cli.rounds.weights import LIVE, ResumePoint, best_folder, restore, round_key
-from iterative_sft_cli.samples import AcceptedEarlier, iter_round
-from iterative_sft_cli.stats import RoundCounter, TrainCounter
+from iterative_sft_cli.samples import AcceptedEarlier
 
 
 def run_rounds(stages: Stages) -> None:
@@ -61,10 +62,10 @@ def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
         else:
             learn(stages, config, round_index, point, log)
     log.muted = False
-    row = round_row(stages, round_index)
+    row = round_row(stages, config, round_index)
     if is_due(config.eval, round_index, stages.config.rounds):
         chain = FilterChain(
-            eval_filters(stages),
+            eval_filters(stages.filters, config.eval),
             seed=config.seed,
             round_index=round_index,
             cache_dir=stages.cache_dir,
@@ -84,6 +85,7 @@ def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
         log("round", **{key: row[key] for key in row if key.startswith("eval/") or key == "filters/num_accepted"})
         run.stats.append(row)
         stages.view.round_done(row, time.monotonic() - start)
+        say_alarms(run.stats.rows(), stages.view.note)
 
 
 def set_retention(stages: Stages, config: Any) -> None:
@@ -101,6 +103,8 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
     """Generate, filter, train and commit one round."""
     run = stages.run
     if not point.in_training(round_index):
+        check_stop(stages, config, round_index)
+        roll_back(stages, config, round_index, log)
         sources = sources_of(stages, config)
         chain = FilterChain(
             stages.filters,
@@ -130,7 +134,7 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
         found = gather_rows(stages, config, round_index)
         passes = plan_passes(config.train, found, seed=config.seed, round_index=round_index)
         seal_training_rows(stages, round_index, found.rows, passes)
-        log("selected", num_rows=len(found.rows), num_steps=sum(len(one.steps) for one in passes))
+        log_selected(log, found, sum(len(one.steps) for one in passes))
         if not point.in_training(round_index):
             place_weights(stages, config)
         train_round(
@@ -143,9 +147,11 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
             log=log,
             span=steps_span(stages.config, round_index),
         )
+        follow_seed_loss(stages, log)
     else:
         log("skipped", reason="nothing accepted")
     commit_round(stages, round_index, with_state=config.train.start_from == "previous")
+    stages.live_hash = None
 
 
 def warm_up(stages: Stages, config: Any, point: ResumePoint, log: RoundLog) -> None:
@@ -156,6 +162,7 @@ def warm_up(stages: Stages, config: Any, point: ResumePoint, log: RoundLog) -> N
     passes = plan_passes(section, Gathered.of_seed_data(stages.warmup_rows), seed=config.seed, round_index=0)
     log("start", start_from="base", weights="base")
     train_round(stages, passes, stages.warmup_rows, round_index=0, keep_optimizer=False, done=point.step or 0, log=log)
+    follow_seed_loss(stages, log)
     commit_round(stages, 0, with_state=config.train.start_from == "previous")
 
 
@@ -168,50 +175,6 @@ def place_weights(stages: Stages, config: Any) -> None:
         stages.learner.load_weights(best_folder(stages.run, stages.run.stats.rows(), config.eval.metric)[1])
     elif start == "warmup":
         stages.learner.load_weights(stages.run.checkpoints.verified(round_key(0)).path)
-
-
-def count_round(stages: Stages, round_index: int) -> RoundCounter:
-    """The round's figures, from its sealed shards."""
-    counter = RoundCounter()
-    for stored in iter_round(stages.run.shards, round_index):
-        counter.add(stored)
-    return counter
-
-
-def round_row(stages: Stages, round_index: int) -> dict[str, Any]:
-    """The round's statistics without its evaluation, from sealed shards and the ledger alone."""
-    row: dict[str, Any] = {"round": round_index}
-    train = TrainCounter()
-    for entry in stages.run.ledger.rows():
-        if entry["event"] == "step" and entry["round"] == round_index:
-            train.add(entry)
-    if round_index:
-        counter = count_round(stages, round_index)
-        row |= counter.generate_row() | counter.filters_row()
-    if round_index or train.num_steps:
-        found = stages.run.shards.read(round_index, "train")
-        row |= train.row(len(found[0]) if found else len(stages.warmup_rows) if not round_index else 0)
-    return row
-
-
-def show_samples(stages: Stages, round_index: int, each: int = 3) -> None:
-    """Hand the first accepted and rejected samples of the round to the view."""
-    stored = list(islice(iter_round(stages.run.shards, round_index), 512))
-    accepted = [one for one in stored if one.accepted][:each]
-    rejected = [one for one in stored if not one.accepted][:each]
-    stages.view.samples(round_index, accepted, rejected)
-
-
-def eval_filters(stages: Stages) -> list[Any]:
-    """The filters that must keep an answer for it to count as correct: `eval.correct`, or all per-sample filters of the list."""
-    section = stages.config.eval
-    return [
-        one
-        for one in stages.filters
-        if (
-            one.name in section.correct if section.correct is not None else one.kind == "sample" and not one.scores_only
-        )
-    ]
 
 
 def scores_read(config: Any) -> set[str]:

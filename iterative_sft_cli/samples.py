@@ -22,6 +22,8 @@ EVAL_PROMPTS = "prompts-eval"
 """The prompts of the evaluation, once a run: in `rounds/0000/`."""
 
 
+TRIALS = "trial"
+"""Shards of the search for a temperature and a threshold."""
 HINTED = "hinted"
 """Part of the name of shards of second tries, and the key of a row under which the ids of the hinted prompt stand."""
 

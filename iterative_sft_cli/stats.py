@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from iterative_sft_cli.samples import StoredSample
-from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP
+from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Sample
 
 DIVERSITY_TOKENS = 20_000
 """distinct-n and the compression ratio look at this many tokens at most: both fall with the amount of text."""
@@ -29,7 +29,13 @@ def percentile(values: Sequence[float], q: float) -> float:
 class RoundCounter:
     """Adds up a round sample by sample; holds counts, lengths and a bounded amount of text, never the samples."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Set[int] = frozenset()) -> None:
+        self.known = known
+        self.num_known = 0
+        self.hinted_prompts: set[str] = set()
+        self.num_hinted = 0
+        self.num_hinted_tokens = 0
+        self.num_hinted_accepted = 0
         self.num_samples = 0
         self.num_tokens = 0
         self.finish: Counter[str] = Counter()
@@ -49,9 +55,25 @@ class RoundCounter:
         self.ngrams: dict[int, set[tuple[int, ...]]] = {1: set(), 2: set(), 4: set()}
         self.ngram_counts: Counter[int] = Counter()
 
+    @staticmethod
+    def key_of(sample: Sample) -> int:
+        """What makes two accepted samples the same: the prompt and the text."""
+        return hash((sample.prompt_id, sample.completion.strip()))
+
+    @property
+    def num_trainable(self) -> int:
+        """Samples to train on: those accepted, second tries with a hint included."""
+        return self.num_accepted + self.num_hinted_accepted
+
     def add(self, stored: StoredSample) -> None:
-        """Count one judged sample."""
+        """Count one judged sample; second tries are counted apart, the yield of the filters is that of plain samples."""
         sample = stored.sample
+        if stored.hinted:
+            self.hinted_prompts.add(sample.prompt_id)
+            self.num_hinted += 1
+            self.num_hinted_tokens += len(sample.completion_ids)
+            self.num_hinted_accepted += stored.accepted
+            return
         length = len(sample.completion_ids)
         self.num_samples += 1
         self.num_tokens += length
@@ -75,7 +97,8 @@ class RoundCounter:
         self.num_accepted += 1
         self.accepted_lengths.append(length)
         self.by_prompt[sample.prompt_id][1] += 1
-        self.unique.add(hash((sample.prompt_id, sample.completion)))
+        self.unique.add(self.key_of(sample))
+        self.num_known += self.key_of(sample) in self.known
         if len(self.tokens) < DIVERSITY_TOKENS:
             ids = sample.completion_ids
             self.tokens += ids
@@ -85,7 +108,8 @@ class RoundCounter:
                 self.ngram_counts[n] += len(grams)
 
     def generate_row(self) -> dict[str, Any]:
-        """`generate/...`: counts, lengths in tokens, the shares of each way to end, mean negative log-likelihood per token."""
+        """`generate/...`: counts, lengths in tokens, the shares of each way to end, and token_nll, the mean negative log-likelihood of a
+        sampled token: at temperature 1 without truncation an unbiased estimate of the model's entropy a token."""
         n = max(1, self.num_samples)
         row: dict[str, Any] = {
             "generate/num_prompts": len(self.by_prompt),
@@ -103,8 +127,25 @@ class RoundCounter:
             row["generate/token_nll"] = -self.logprob / self.logprob_tokens
         return row
 
+    def rationalize_row(self) -> dict[str, Any]:
+        """`rationalize/...`: second tries: prompts asked again, samples, tokens, and those accepted; nothing without any."""
+        if not self.num_hinted:
+            return {}
+        return {
+            "rationalize/num_prompts": len(self.hinted_prompts),
+            "rationalize/num_samples": self.num_hinted,
+            "rationalize/num_tokens": self.num_hinted_tokens,
+            "rationalize/num_accepted": self.num_hinted_accepted,
+        }
+
     def filters_row(self) -> dict[str, Any]:
-        """`filters/...`: yield, coverage, difficulty, diversity of what was accepted, and the funnel of each filter."""
+        """`filters/...`: yield, coverage, difficulty, diversity of what was accepted, and the funnel of each filter.
+
+        unique_rate: distinct (prompt, text) pairs a accepted sample. known_rate: share of the accepted whose pair was accepted in an earlier
+        round. easy_share: share of the accepted that come from prompts of which over three quarters were accepted. effective_prompts:
+        A^2 / sum of a_i^2 over the a_i accepted of each prompt. length_bias: mean tokens of the accepted over those of all. distinct_n: distinct
+        n-grams of tokens over all n-grams, in the first tokens accepted (DIVERSITY_TOKENS).
+        """
         n, accepted = max(1, self.num_samples), self.num_accepted
         prompts = max(1, len(self.by_prompt))
         rates = [a / s for s, a in self.by_prompt.values()]
@@ -125,6 +166,7 @@ class RoundCounter:
             mean_accepted = sum(self.accepted_lengths) / accepted
             row |= {
                 "filters/unique_rate": len(self.unique) / accepted,
+                "filters/known_rate": self.num_known / accepted,
                 "filters/mean_accepted_tokens": mean_accepted,
                 "filters/length_bias": mean_accepted / max(1e-9, self.num_tokens / n),
                 "filters/easy_share": easy / accepted,

@@ -82,7 +82,23 @@ def evaluate(
             rows += made
             log("evaluated", shard=name, num_samples=len(made))
     stages.run.telemetry.append({"event": "eval", "round": round_index, "seconds": time.monotonic() - start})
-    return summarize(results_of(rows, prompts), section.k, seed=config.seed)
+    tokens = sum(len(row["completion_ids"]) for row in rows)
+    return summarize(results_of(rows, prompts, section.rank_by), section.k, seed=config.seed) | {
+        "eval/num_tokens": tokens,
+        "eval/mean_tokens": tokens / max(1, len(rows)),
+    }
+
+
+def eval_filters(filters: Sequence[Any], section: Any) -> list[Any]:
+    """What judges an evaluation's answers: the filters of `eval.correct`, else all per-sample filters of the list that read no score; a verifier
+    that only scores in the round drops here. Scorers that one of them or `rank_by` reads come along."""
+    if section.correct is not None:
+        judges = [one for one in filters if one.name in section.correct]
+    else:
+        judges = [one for one in filters if one.kind == "sample" and one.role != "scorer" and not one.reads]
+    wanted = {name for one in judges for name in one.reads} | {section.rank_by}
+    names = {one.name for one in judges}
+    return [one.dropping() if one.name in names else one for one in filters if one.name in names or one.name in wanted]
 
 
 def vote_of(judged: Any) -> str | None:
@@ -94,7 +110,14 @@ def vote_of(judged: Any) -> str | None:
     return None
 
 
-def results_of(rows: Sequence[dict[str, Any]], prompts: Sequence[Any]) -> list[PromptResult]:
+def score_of(row: dict[str, Any], name: str | None) -> float | None:
+    """The score that the filter `name` gave a sample of the evaluation."""
+    return next((says.get("score") for says in row["says"] if says["filter"] == name), None)
+
+
+def results_of(
+    rows: Sequence[dict[str, Any]], prompts: Sequence[Any], rank_by: str | None = None
+) -> list[PromptResult]:
     """Eval rows grouped by prompt, in the prompts' order."""
     grouped: dict[str, list[dict[str, Any]]] = {prompt.prompt_id: [] for prompt in prompts}
     for row in rows:
@@ -108,6 +131,7 @@ def results_of(rows: Sequence[dict[str, Any]], prompts: Sequence[Any]) -> list[P
                 prompt_id=prompt.prompt_id,
                 correct=tuple(row["correct"] for row in sampled),
                 answers=tuple(row["answer"] for row in sampled),
+                scores=tuple(score_of(row, rank_by) for row in sampled) if rank_by is not None else (),
                 level=prompt.level,
                 greedy_correct=greedy[0]["correct"] if greedy else None,
             )

@@ -47,6 +47,8 @@ def base_folder(stages: Stages) -> Path | None:
 
 def live_hash(stages: Stages) -> str:
     """The content hash of the weights that are live: the newest checkpoint's, or the base model's before the first."""
+    if stages.live_hash is not None:
+        return stages.live_hash
     checkpoint = stages.run.checkpoints.newest()
     return stages.base_hash if checkpoint is None else hash_of(checkpoint)
 

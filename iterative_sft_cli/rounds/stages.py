@@ -58,6 +58,9 @@ class Stages:
     other_models: Mapping[str, Path] = field(default_factory=dict)
     hint_encoder: Any = None
     format_encoders: Sequence[Any] = ()
+    accepted_keys: dict[int, set[int]] = field(default_factory=dict)
+    live_hash: str | None = None
+    """The content hash of the live weights where they are not the newest checkpoint's (after a roll-back)."""
     rates: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
     changes: Sequence[dict[str, Any]] = ()
     session: EngineSession = field(init=False)
