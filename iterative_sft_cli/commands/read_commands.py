@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from iterative_sft_cli.cli import AsJson, app
+from iterative_sft_cli.cli import AsJson, app, print_json
 from iterative_sft_cli.errors import ConfigError
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
@@ -105,4 +105,49 @@ def samples(
         )
     elif limit and shown == limit:
         say(f"{shown} samples of {where}; --skip {skip + shown} shows the next, --limit 0 all")
+    return 0
+
+
+@app.command()
+def show(
+    run: RunPath,
+    watch: Annotated[
+        float | None, typer.Option(metavar="S", help="Print anew every S seconds until the run has ended.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Print how RUN stands: status, rounds, curves, the last funnel, lineage; also while it goes on."""
+    from iterative_sft_cli.report.reader import Run
+    from iterative_sft_cli.report.show import print_show, summary
+    from iterative_sft_cli.report.show import watch as keep_watching
+
+    if watch is not None and (as_json or watch <= 0):
+        raise ConfigError("--watch takes seconds, and no --json beside it", expected="such as --watch 5")
+    if as_json:
+        print_json(summary(Run.open(run)))
+    elif watch is not None:
+        keep_watching(run, watch)
+    else:
+        print_show(Run.open(run))
+    return 0
+
+
+@app.command()
+def why(
+    run: RunPath,
+    sample_id: Annotated[
+        str, typer.Argument(metavar="SAMPLE_ID", help="A sample's id, such as 2-p17-0.", show_default=False)
+    ],
+    as_json: AsJson = False,
+) -> int:
+    """Tell the whole story of one sample: seed, decoding, weights, every verdict, and the steps it trained in."""
+    from iterative_sft_cli.report.reader import Run
+    from iterative_sft_cli.report.screen import screen
+    from iterative_sft_cli.report.why import print_story, story_of
+
+    story = story_of(Run.open(run), sample_id)
+    if as_json:
+        print_json(story)
+    else:
+        print_story(screen(), story)
     return 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from iterative_sft_cli.config import Config
 from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.guards import best_round
 from iterative_sft_cli.rundir import RunView, peek
 from iterative_sft_cli.samples import GENERATED, StoredSample, iter_round
 
@@ -31,6 +34,18 @@ class Run:
         """The config with its defaults, as plain data."""
         return self.view.resolved
 
+    @cached_property
+    def settings(self) -> Config:
+        """The config as an object. Raises DataError when this version of isft cannot read it."""
+        try:
+            return Config.model_validate(self.view.resolved)
+        except ValueError as error:
+            raise DataError(
+                "the stored config is not one that this version of isft knows",
+                where=str(self.path / "resolved.yaml"),
+                hint="use the version of isft that made the run; environment.json names it",
+            ) from error
+
     @property
     def stats(self) -> list[dict[str, Any]]:
         """One row a round, oldest first."""
@@ -40,6 +55,22 @@ class Run:
     def rounds(self) -> list[int]:
         """The rounds that have generated samples, oldest first."""
         return [index for index in self.view.rounds if self.view.shards.names(index, GENERATED)]
+
+    @property
+    def metric(self) -> str:
+        """The key of the figure that defines `best`, such as `eval/pass@1`."""
+        return f"eval/{self.settings.eval.metric if self.settings.eval is not None else 'pass@1'}"
+
+    @property
+    def best_round(self) -> int | None:
+        """The round whose evaluation is best, 0 for the starting model; None without evaluations."""
+        return best_round(self.stats, self.metric)
+
+    @property
+    def model_name(self) -> str:
+        """What the config names as the model."""
+        model = self.settings.model
+        return str(model.path or model.use or (model.init or {}).get("model_type", "a fresh model"))
 
     def iter_samples(self, rounds: Sequence[int] | None = None) -> Iterator[StoredSample]:
         """The judged samples of the given rounds (all by default), one shard in memory at a time."""

@@ -72,10 +72,19 @@ def sparkline(values: Iterable[float | None], *, plain: bool | None = None) -> s
 
 def table(columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[object]], *, title: str | None = None) -> Any:
     """A rich table of (name, justify) columns; every cell is escaped. Print it with `screen().print`."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=title, title_justify="left", pad_edge=False)
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 2, 0, 0),
+        show_edge=False,
+    )
     for name, justify in columns:
         made.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:

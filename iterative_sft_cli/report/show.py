@@ -1,0 +1,139 @@
+"""`isft show`: status, table of rounds, curves, the funnel of the last round and the lineage; also while the run goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from iterative_sft_cli.console import duration, one_line, safe_text
+from iterative_sft_cli.report.lineage import describe, lineage
+from iterative_sft_cli.report.reader import Run
+from iterative_sft_cli.report.screen import console, number, sparkline, table
+from iterative_sft_cli.report.status import COMPLETE, KILLED, RUNNING, STOPPED, status_of
+
+CURVES = (
+    ("accepted share", "filters/accept_rate"),
+    ("solved share", "filters/solved_rate"),
+    ("loss", "train/loss"),
+    ("tokens a sample", "generate/mean_tokens"),
+    ("cut off share", "generate/truncated_rate"),
+    ("distinct-2", "filters/distinct_2"),
+)
+STYLES = {COMPLETE: "bold green", RUNNING: "bold cyan", STOPPED: "bold yellow", KILLED: "bold red"}
+
+
+def funnel_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The funnel of a row of statistics: for each filter, in order, how many entered, were dropped, and why."""
+    found = []
+    for key in row:
+        if key.startswith("filters/") and key.endswith("/entered"):
+            name = key.removeprefix("filters/").removesuffix("/entered")
+            start = f"filters/{name}/reason/"
+            reasons = {k.removeprefix(start): int(row[k]) for k in row if k.startswith(start)}
+            ordered = dict(sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0])))
+            dropped = int(row.get(f"filters/{name}/dropped", 0))
+            found.append({"filter": name, "entered": int(row[key]), "dropped": dropped, "reasons": ordered})
+    return found
+
+
+def round_seconds(telemetry: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Seconds of work in each round, over all starts of the run."""
+    seconds: dict[int, float] = {}
+    for row in telemetry:
+        if isinstance(row.get("round"), int) and isinstance(row.get("seconds"), int | float):
+            seconds[row["round"]] = seconds.get(row["round"], 0.0) + float(row["seconds"])
+    return seconds
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """Everything `isft show` prints, as plain data."""
+    stats = run.stats
+    last = next((row for row in reversed(stats) if row["round"] > 0), None)
+    seconds = round_seconds(run.view.telemetry_rows())
+    best = run.best_round
+    return {
+        "path": str(run.path),
+        "run_id": run.view.run_id,
+        "model": run.model_name,
+        "status": status_of(run.view, run.settings).to_json(),
+        "metric": run.metric,
+        "best_round": best,
+        "checkpoints": run.view.keys,
+        "rounds": stats,
+        "seconds": {str(index): value for index, value in seconds.items()},
+        "funnel": {"round": last["round"], "filters": funnel_of(last)} if last else None,
+        "lineage": lineage(run.view, run.settings),
+    }
+
+
+def print_show(run: Run) -> str:
+    """Print a run for people; returns its state."""
+    from rich.text import Text
+
+    found = summary(run)
+    view = console()
+    rich = view.rich
+    status = found["status"]
+    head = Text(safe_text(run.path))
+    head.append(f"  {status['state']}", style=STYLES.get(status["state"], "bold"))
+    why = "" if status["state"] == COMPLETE else f": {one_line(status['reason'], 300)}"
+    head.append(safe_text(f"{why}, {status['rounds_done']} of {status['rounds']} rounds"))
+    rich.print(head, soft_wrap=True)
+    rich.print(safe_text(f"model {found['model']}"), soft_wrap=True)
+    if status["phase"]:
+        sign = "" if status["last_sign_s"] is None else f", last sign of life {duration(status['last_sign_s'])} ago"
+        rich.print(safe_text(f"{status['phase']}{sign}"), soft_wrap=True)
+    if status["next_command"]:
+        rich.print(safe_text(f"next: {status['next_command']}"), soft_wrap=True)
+    stats = found["rounds"]
+    if stats:
+        view.metric = found["metric"]
+        rich.print()
+        rich.print(view.rounds_table([(row, found["seconds"].get(str(row["round"]))) for row in stats]))
+        print_curves(rich, stats, found["metric"])
+    if found["funnel"]:
+        rich.print()
+        rich.print(funnel_table(found["funnel"]))
+    rich.print()
+    for row in found["lineage"]:
+        rich.print(safe_text(describe(row)), soft_wrap=True)
+    if found["best_round"] is not None:
+        name = "the starting model" if found["best_round"] == 0 else f"round {found['best_round']}"
+        rich.print(safe_text(f"best by {found['metric'].removeprefix('eval/')}: {name}"), soft_wrap=True)
+    return str(status["state"])
+
+
+def print_curves(rich: Any, stats: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """A line a figure: its name, a bar a round, first and last value."""
+    for name, key in ((metric.removeprefix("eval/"), metric), *CURVES):
+        values = [row.get(key) for row in stats]
+        known = [value for value in values if value is not None]
+        if len(known) > 1:
+            line = sparkline(values)
+            rich.print(safe_text(f"{name:>16} {line} {number(known[0])} -> {number(known[-1])}"), soft_wrap=True)
+
+
+def funnel_table(funnel: Mapping[str, Any]) -> Any:
+    """The funnel of a round as a table."""
+    rows = []
+    for one in funnel["filters"]:
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in list(one["reasons"].items())[:6])
+        left = one["entered"] - one["dropped"]
+        rows.append((one["filter"], f"{one['entered']:,}", f"{one['dropped']:,}", f"{left:,}", reasons))
+    columns = (("filter", "left"), ("entered", "right"), ("dropped", "right"), ("left", "right"), ("reasons", "left"))
+    return table(columns, rows, title=f"round {funnel['round']}: what the filters did")
+
+
+def watch(path: Any, every_s: float) -> None:
+    """Print the run anew every few seconds while another process works in it; returns when it has ended."""
+    rich = console().rich
+    while True:
+        if rich.is_terminal:
+            rich.clear()
+        state = print_show(Run.open(path))
+        if state != RUNNING:
+            return
+        if not rich.is_terminal:
+            rich.print()
+        time.sleep(every_s)
