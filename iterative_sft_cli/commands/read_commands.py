@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from iterative_sft_cli.cli import AsJson, app, print_json
-from iterative_sft_cli.errors import ConfigError
+from iterative_sft_cli.errors import EXIT_STORAGE, ConfigError, DataError
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
 
@@ -150,4 +150,50 @@ def why(
         print_json(story)
     else:
         print_story(screen(), story)
+    return 0
+
+
+@app.command(name="list")
+def list_(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="A folder of runs; `runs` by default.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Print the runs below DIR with their status and figures."""
+    from iterative_sft_cli.report.runs import COLUMNS, cells, list_runs
+    from iterative_sft_cli.report.screen import print_rows, say, screen, table
+
+    where = folder or (Path("runs") if Path("runs").is_dir() else Path("."))
+    if not where.is_dir():
+        raise DataError("there is no such folder", where=str(where), expected="a folder of runs")
+    found = list_runs(where)
+    if as_json:
+        print_rows(found)
+    elif found:
+        screen().print(table(COLUMNS, map(cells, found)))
+    if not found:
+        say(f"{where}: no runs here")
+    return 0
+
+
+@app.command()
+def verify(run: RunPath, as_json: AsJson = False) -> int:
+    """Read every byte of RUN that a checksum vouches for; exit 4 when something is not as it was written."""
+    from iterative_sft_cli.report.screen import print_rows, say, screen, table
+    from iterative_sft_cli.rundir import verify as check
+
+    found = check(run)
+    damaged = [one for one in found if one.damage]
+    if as_json:
+        print_rows({"path": one.path, "problem": one.problem, "damage": one.damage} for one in found)
+    elif found:
+        rows = [("damage" if one.damage else "note", one.path, one.problem) for one in found]
+        screen().print(table((("", "left"), ("file", "left"), ("finding", "left")), rows))
+    if damaged:
+        say(
+            f"{run}: {len(damaged)} damaged; `isft resume {run}` puts right what it needs, and keeps the rest in quarantine/"
+        )
+        return EXIT_STORAGE
+    say(f"{run}: every checksum holds" + (f"; {len(found)} notes, none of them damage" if found else ""))
     return 0
