@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,12 @@ def build_stages(
         view=view,
         stop=stop,
         base_hash=base_hash,
-        mix_rows=seed_rows(config.train.mix, encoder, loaded.base_dir) if config.train.mix is not None else (),
-        warmup_rows=seed_rows(config.warmup, encoder, loaded.base_dir) if config.warmup is not None else (),
+        mix_rows=seed_rows(config.train.mix, config.train, encoder, loaded.base_dir)
+        if config.train.mix is not None
+        else (),
+        warmup_rows=seed_rows(config.warmup, config.train, encoder, loaded.base_dir)
+        if config.warmup is not None
+        else (),
         base_folder=base_folder,
         other_models=others,
         hint_encoder=with_few_shot(config.rationalize.few_shot) if config.rationalize is not None else None,
@@ -158,7 +163,7 @@ def open_backend(config: Any, base_dir: Path) -> Any:
     return factory(config)
 
 
-def seed_rows(section: Any, encoder: Any, base_dir: Path) -> list[TrainRow]:
+def seed_rows(section: Any, train: Any, encoder: Any, base_dir: Path) -> list[TrainRow]:
     """The rows of a seed-data section (`mix` or `warmup`), masked to what an assistant wrote.
 
     Raises DataError when there is none, or when a row has not the columns that the section names.
@@ -174,9 +179,25 @@ def seed_rows(section: Any, encoder: Any, base_dir: Path) -> list[TrainRow]:
             raise DataError(f"no column `{missing[0]}`", where=where, hint=f"the columns are {', '.join(sorted(row))}")
         conversation = row[section.messages] if by_messages else (row[section.prompt], row[section.completion])
         try:
-            rows.append(encoder.conversation_row(f"seed-{index}", conversation, weight=1.0))
+            whole = encoder.conversation_row(f"seed-{index}", conversation, weight=1.0)
         except ValueError as error:
             raise DataError(str(error), where=where) from error
+        rows.append(cut_row(whole, train.max_length, train.truncation_mode, where))
     if not rows:
         raise DataError(f"{section.path or section.dataset.id}: no rows", expected="at least one seed example")
     return rows
+
+
+def cut_row(row: TrainRow, max_length: int | None, mode: str, where: str) -> TrainRow:
+    """A seed row of at most `max_length` tokens, its end or its start kept. Raises DataError when nothing trained is left."""
+    if max_length is None or len(row.input_ids) <= max_length:
+        return row
+    part = slice(-max_length, None) if mode == "keep_end" else slice(max_length)
+    cut = replace(row, input_ids=row.input_ids[part], labels=row.labels[part])
+    if all(label == -100 for label in cut.labels):
+        raise DataError(
+            f"{len(row.input_ids)} tokens, cut to {max_length} with {mode}, leave nothing to train on",
+            where=where,
+            hint="raise train.max_length or take the row out",
+        )
+    return cut

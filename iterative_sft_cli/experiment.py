@@ -5,6 +5,7 @@ Everything that can be wrong is found before the model loads; whatever happens l
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -25,6 +26,7 @@ from iterative_sft_cli.resume import check_choice, check_drift, is_complete, is_
 from iterative_sft_cli.rounds.weights import ResumePoint, round_key
 from iterative_sft_cli.rundir import RunDir, RunView
 from iterative_sft_cli.signals import StopRequests
+from iterative_sft_cli.types import TrainRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,16 @@ def content_hashes(
         "prompts": prompts.sha256,
         "eval": eval_prompts.sha256 if eval_prompts else None,
         "filters": {one.name: one.source_hash for one in filters},
+        "seed_data": rows_hash([*stages.mix_rows, *stages.warmup_rows]),
     }
+
+
+def rows_hash(rows: Sequence[TrainRow]) -> str | None:
+    """Content hash of training rows; None for none."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.input_ids, row.labels)).encode("ascii"))
+    return digest.hexdigest() if rows else None
 
 
 def build_run(*parts: Any) -> Any:

@@ -18,6 +18,7 @@ CONTENTS = (
     ("prompts", "the prompt file"),
     ("eval", "the eval prompt file"),
     ("filters", "a filter's source"),
+    ("seed_data", "the seed data"),
 )
 """What a run depends on beside its config, by its key in `environment.json`."""
 MAY_CHANGE = ("versions", "isft", "python", "platform", "machine", "threads")
