@@ -19,6 +19,7 @@ from iterative_sft_cli.rounds.figures import count_round, follow_seed_loss, log_
 from iterative_sft_cli.rounds.gather import Gathered, gather_rows
 from iterative_sft_cli.rounds.history import choose_prompts
 from iterative_sft_cli.rounds.judge import judge_round
+from iterative_sft_cli.rounds.search import tune
 from iterative_sft_cli.rounds.sources import live_hash, sources_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.rounds.training import (
@@ -106,8 +107,10 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
         check_stop(stages, config, round_index)
         roll_back(stages, config, round_index, log)
         sources = sources_of(stages, config)
+        prompts = choose_prompts(stages, config, round_index)
+        config, filters = tune(stages, config, prompts, round_index=round_index, source=sources[0], log=log)
         chain = FilterChain(
-            stages.filters,
+            filters,
             seed=config.seed,
             round_index=round_index,
             accepted_earlier=AcceptedEarlier(run.shards, round_index),
@@ -121,7 +124,7 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
             judge_round(
                 stages,
                 config,
-                choose_prompts(stages, config, round_index),
+                prompts,
                 round_index=round_index,
                 sources=sources,
                 chain=chain,

@@ -15,25 +15,14 @@ from iterative_sft_cli.config.schema import Config
 
 NOT_YET: dict[str | tuple[str, Any], str] = {
     "eval.lm_eval": "tasks of lm-evaluation-harness",
-    "generate.until_accepted": "drawing until enough samples are accepted",
     "generate.engine": "engines other than transformers",
-    ("generate.from", "warmup"): "drawing from the warm-up",
-    ("generate.from", list): "several models",
-    "eval.rank_by": "best@k",
-    "generate.search": "a search for temperature and threshold",
     "generate.openai": "engines other than transformers",
     "generate.startup_timeout_s": "engines other than transformers",
     "generate.timeout_s": "engines other than transformers",
     "generate.vllm": "engines other than transformers",
-    "guards.rollback_if": "conditions over the statistics",
-    "guards.stop_if": "conditions over the statistics",
-    "prompts.advance": "prompts that stay where they were in the order",
-    "prompts.curriculum.promote_if": "conditions over the statistics",
-    "rationalize": "a second try with a hint",
     "samples.compress": "compressed samples",
     "samples.keep": "dropping stored samples",
     "tracking": "trackers",
-    ("train.lr_schedule", "continue"): "one learning-rate shape over all rounds",
     "train.parallel": "training over several processes",
 }
 """A path (any value but the default), (path, value) or (path, kind of value), and what is missing, in words."""
