@@ -27,9 +27,23 @@ try:
                         (resource.RLIMIT_CPU, int(seconds) + 2), (resource.RLIMIT_NOFILE, 64)):
         resource.setrlimit(what, (value, value))
     import ctypes
-    ctypes.CDLL(None).unshare(0x50000000)  # a user and network namespace of its own, where allowed
+    libc = ctypes.CDLL(None)
+    # namespaces of its own where allowed: users, processes and network, or at least none of these in common
+    libc.unshare(0x10000000 | 0x20000000 | 0x40000000)
 except Exception:
     pass
+if hasattr(os, "fork"):
+    # so that the parent it can name is this process, not the one that judges
+    child = os.fork()
+    if child:
+        for descriptor in (0, 1, 2):
+            os.close(descriptor)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os._exit(code if code >= 0 else 128 - code)
+    try:
+        libc.prctl(1, 9, 0, 0, 0)  # end with the launcher
+    except Exception:
+        pass
 """
 
 _SERVE = """
