@@ -178,6 +178,46 @@ def list_(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Run directories, or patterns.", show_default=False)
+    ],
+    metric: Annotated[
+        str | None, typer.Option(metavar="NAME", help="pass@1, maj@4, greedy ...; eval.metric by default.")
+    ] = None,
+    at: Annotated[str, typer.Option(metavar="ROUND", help="Which evaluation: last, best, or a round.")] = "last",
+    limit: Annotated[int, typer.Option(metavar="N", help="Prompts to show that were gained, and lost.")] = 5,
+    as_json: AsJson = False,
+) -> int:
+    """Compare RUNs: two paired by prompt with a p-value, more in a table; one with its own starting model."""
+    from iterative_sft_cli.report.compare import choose_round, compare_two, read_side
+    from iterative_sft_cli.report.compare_many import compare_many, expand
+    from iterative_sft_cli.report.compare_text import print_many, print_two
+    from iterative_sft_cli.report.reader import Run
+    from iterative_sft_cli.report.screen import screen
+
+    paths = expand(runs)
+    if len(paths) > 2:
+        table = compare_many(paths, at, metric)
+        if as_json:
+            print_json(table)
+        else:
+            print_many(screen(), table)
+        return 0
+    opened = [Run.open(path) for path in paths]
+    name = metric or opened[0].metric.removeprefix("eval/")
+    sides = [read_side(run, choose_round(run, at), name) for run in opened]
+    if len(sides) == 1:
+        sides.insert(0, read_side(opened[0], choose_round(opened[0], "0"), name))
+    found = compare_two(sides[0], sides[1], num_examples=limit)
+    if as_json:
+        print_json(found)
+    else:
+        print_two(screen(), found)
+    return 0
+
+
+@app.command()
 def verify(run: RunPath, as_json: AsJson = False) -> int:
     """Read every byte of RUN that a checksum vouches for; exit 4 when something is not as it was written."""
     from iterative_sft_cli.report.screen import print_rows, say, screen, table
