@@ -14,7 +14,7 @@ LEVELS = [
     {"types", "errors"},
     {"config", "encoding", "samples", "eval"},
     {"model", "rundir", "stats", "prompts", "generate", "filters", "train"},
-    {"guards", "console", "signals", "rounds"},
+    {"guards", "alarms", "console", "signals", "watchdog", "rounds"},
     {"loop", "build", "report", "recipes", "resume"},
     {"experiment", "plan"},
     {"cli", "commands"},

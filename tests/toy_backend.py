@@ -11,10 +11,16 @@ import re
 import time
 from pathlib import Path
 
+from iterative_sft_cli.generate.base import EngineOutOfMemory
+from iterative_sft_cli.train.base import TrainOutOfMemory
 from iterative_sft_cli.types import EOS, LENGTH, Completion, TrainRow
 
 BASE = {"skill": 0.3, "steps": 0, "digest": ""}
 DELAY_S = float(os.environ.get("TOY_DELAY_S", "0"))
+HANG = os.environ.get("TOY_HANG", "")
+"""A file: the engine hangs while it is there, and removes it first when its name ends in `once`."""
+FITS = {"rows": 10**9, "tokens": 10**9}
+"""Batch rows and micro-batch tokens that fit into the pretended memory."""
 
 
 def uniform(*parts: object) -> float:
@@ -76,6 +82,10 @@ class ToyLearner:
             self.moment = 0.0
 
     def step(self, rows: object, step_index: int, micro_batch_tokens: int | None) -> dict:
+        longest = max(len(row.input_ids) for row in rows)
+        at_once = max(longest, micro_batch_tokens or sum(len(row.input_ids) for row in rows))
+        if at_once > FITS["tokens"]:
+            raise TrainOutOfMemory
         for row in rows:
             self.heartbeat(len(row.input_ids))
             time.sleep(DELAY_S)
@@ -125,7 +135,13 @@ class ToyEngine:
         return {"max_rows": 8}
 
     def generate(self, requests: object, decoding: object, plan: dict) -> object:
-        for request in requests:
+        if HANG and os.path.exists(HANG):
+            if HANG.endswith("once"):
+                os.unlink(HANG)
+            time.sleep(60)
+        for number, request in enumerate(requests):
+            if number == 1 and plan["max_rows"] > FITS["rows"]:
+                raise EngineOutOfMemory
             text = request.prompt if isinstance(request.prompt, str) else request.prompt[-1]["content"]
             total = sum(int(n) for n in re.findall(r"\d+", text))
             for index, seed in zip(request.sample_indices, request.seeds, strict=True):

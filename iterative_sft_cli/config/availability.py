@@ -18,7 +18,6 @@ NOT_YET: dict[str | tuple[str, Any], str] = {
     "generate.engine": "engines other than transformers",
     "generate.openai": "engines other than transformers",
     "generate.startup_timeout_s": "engines other than transformers",
-    "generate.timeout_s": "engines other than transformers",
     "generate.vllm": "engines other than transformers",
     "samples.compress": "compressed samples",
     "samples.keep": "dropping stored samples",

@@ -9,6 +9,7 @@ from iterative_sft_cli.errors import OutOfMemoryError
 from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory
 from iterative_sft_cli.rounds.stages import Phase, Stages
 from iterative_sft_cli.types import Decoding, Prompt, Request, Sample, derive_seed
+from iterative_sft_cli.watchdog import Watchdog, end_hung_process
 
 SHARD_ROWS = 512
 """Samples of a shard: what a kill can cost at most, against the idle rows while a shard drains."""
@@ -72,10 +73,12 @@ def generate_shard(
     phase: Phase,
     on_sample: Callable[[Sample], None],
     trained_after: Mapping[str, Sequence[int]] | None = None,
+    logprobs: dict[str, list[float]] | None = None,
 ) -> tuple[list[Sample], dict[str, Any]]:
     """All samples of a shard in the order of its requests, and the batch plan that made them.
 
     `trained_after`: prompt ids to the token ids that the samples are trained after, where these are not the ones they were generated after.
+    `logprobs` is filled with each token's log probability, by sample id.
     An out-of-memory split is a sealed decision before it is tried, so a resumed run repeats it. At one row it is an error.
     """
     plan = engine.plan(requests, decoding)
@@ -87,7 +90,17 @@ def generate_shard(
             continue
         try:
             made = _collect(
-                stages, engine, requests, decoding, plan, round_index, prompts, phase, on_sample, trained_after or {}
+                stages,
+                engine,
+                requests,
+                decoding,
+                plan,
+                round_index,
+                prompts,
+                phase,
+                on_sample,
+                trained_after or {},
+                logprobs if logprobs is not None else {},
             )
             return made, plan
         except EngineOutOfMemory as error:
@@ -112,36 +125,48 @@ def _collect(
     phase: Phase,
     on_sample: Callable[[Sample], None],
     trained_after: Mapping[str, Sequence[int]],
+    logprobs: dict[str, list[float]],
 ) -> list[Sample]:
+    timeout_s = float(stages.config.generate.timeout_s)
+
+    def hang() -> None:
+        end_hung_process(stages.run.path, "the engine", timeout_s)
+
     def heartbeat(num_tokens: int) -> None:
+        watchdog.beat()
         stages.stop()
         phase.advance(tokens=num_tokens)
 
     engine.heartbeat = heartbeat
+    watchdog = Watchdog(timeout_s, hang)
     ids = {request.prompt_id: request.prompt_ids for request in requests}
     made: dict[tuple[str, int], Sample] = {}
-    for completion in engine.generate(requests, decoding, plan):
-        prompt = prompts[completion.prompt_id]
-        text = stages.encoder.decode(completion.token_ids) if completion.text is None else completion.text
-        sample = Sample(
-            prompt_id=prompt.prompt_id,
-            sample_id=f"{round_index}-{prompt.prompt_id}-{completion.sample_index}",
-            round_index=round_index,
-            prompt=prompt.prompt,
-            completion=text,
-            answer=prompt.answer,
-            row=prompt.row,
-            prompt_ids=tuple(trained_after.get(prompt.prompt_id, ids[prompt.prompt_id])),
-            completion_ids=completion.token_ids,
-            finish_reason=completion.finish_reason,
-            logprob=completion.logprob,
-            final=text,
-            sample_index=completion.sample_index,
-        )
-        made[prompt.prompt_id, completion.sample_index] = sample
-        on_sample(sample)
-        phase.advance(1)
-        stages.stop()
+    with watchdog:
+        for completion in engine.generate(requests, decoding, plan):
+            prompt = prompts[completion.prompt_id]
+            text = stages.encoder.decode(completion.token_ids) if completion.text is None else completion.text
+            sample = Sample(
+                prompt_id=prompt.prompt_id,
+                sample_id=f"{round_index}-{prompt.prompt_id}-{completion.sample_index}",
+                round_index=round_index,
+                prompt=prompt.prompt,
+                completion=text,
+                answer=prompt.answer,
+                row=prompt.row,
+                prompt_ids=tuple(trained_after.get(prompt.prompt_id, ids[prompt.prompt_id])),
+                completion_ids=completion.token_ids,
+                finish_reason=completion.finish_reason,
+                logprob=completion.logprob,
+                final=text,
+                sample_index=completion.sample_index,
+            )
+            made[prompt.prompt_id, completion.sample_index] = sample
+            if completion.token_logprobs is not None:
+                logprobs[sample.sample_id] = list(completion.token_logprobs)
+            on_sample(sample)
+            watchdog.beat()
+            phase.advance(1)
+            stages.stop()
     return [made[request.prompt_id, index] for request in requests for index in request.sample_indices]
 
 
