@@ -47,10 +47,13 @@ class RunLock:
 
     def close(self) -> None:
         """Free the lock, its text emptied first so that nobody is told of a holder that has gone."""
-        if self._fd >= 0:
+        if self._fd < 0:
+            return
+        try:
             if self._held:
                 with contextlib.suppress(StorageError):
                     self._fs.replace_text(self._fd, self.path, b"")
+        finally:
             _held.discard(self._fd)
             os.close(self._fd)
             self._fd = -1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import toy_loop
 
-from iterative_sft_cli.rundir import fs, verify
+from iterative_sft_cli.rundir import fs, peek, verify
 
 
 @dataclass
@@ -97,5 +97,8 @@ def finish(run: Path, gold: dict[str, str]) -> str | None:
     found = toy_loop.contents(run)
     if found != gold:
         return f"other bytes in {sorted(name for name in found | gold if found.get(name) != gold.get(name))[:4]}"
+    view = peek(run)
+    if view is None or not view.finished:
+        return "it ended without being complete"
     bad = [finding for finding in verify(run) if finding.damage]
     return f"verify: {bad[:2]}" if bad else None

@@ -15,14 +15,19 @@ from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import RunDir, fs, peek, verify
 from iterative_sft_cli.rundir.layout import parse_key
 
+SPARE = "spare"
+"""A shard that is given up after a checkpoint has listed it."""
+
 DAMAGE = "damage"
 """Label of the syncs that make the planted damage certain; not one of ours."""
 
 
 def phases(run: Path) -> None:
-    """The recorded history: two rounds to the end, the same run with three, then damage that recovery mends."""
+    """The recorded history: two rounds to the end, the same run with three, then damage that recovery mends, then a shard given up."""
     toy_loop.train(run, 2)
     say(run, "going on")
+    with RunDir.open(run) as held:
+        held.shards.seal(1, SPARE, [{"id": 1}], {})
     toy_loop.train(run, 3)
     say(run, "damaged")
     disk = fs.FileSystem()
@@ -31,6 +36,9 @@ def phases(run: Path) -> None:
         disk.sync_file(run / name, DAMAGE)
     RunDir.open(run).close()
     say(run, "mended")
+    with RunDir.open(run) as held:
+        say(run, f"giving up shard 0001/{SPARE}")
+        held.shards.remove(1, SPARE)
     toy_loop.train(run, 3)
 
 
@@ -68,6 +76,7 @@ def lost_promise(state: State, run: Path, finished: bool) -> str | None:
     """What had been reported saved before the power cut and is not there."""
     keys = [label.removeprefix("checkpoint ") for label in state.acked if label.startswith("checkpoint ")]
     shards = [label.removeprefix("shard ") for label in state.acked if label.startswith("shard ")]
+    shards = [name for name in shards if f"giving up shard {name}" not in state.acked]
     if not state.acked:
         return None
     if state.acked[-1] == "outcome 0" and not finished:
@@ -99,12 +108,13 @@ def power_states(
     seen: set[int] = set()
     moments = list(range(seed % every, len(log) + 1, every))
     rng.shuffle(moments)
+    rounds = [(at, num_random, False) for at in moments]
     if skip is not None:
         left_out = [index for index, entry in enumerate(log) if entry.kind == "sync" and entry.label == skip]
         near = [at + 1 + after for after in range(25) for at in left_out if at + 1 + after <= len(log)]
-        moments = list(dict.fromkeys(near + moments))
-    for at in moments:
-        for state in disk.states(at, rng=rng, num_random=num_random):
+        rounds = [(at, 0, True) for at in near] + [(at, num_random, False) for at in near] + rounds
+    for at, number, few in rounds:
+        for state in disk.states(at, rng=rng, num_random=number, few=few):
             key = hash((tuple(sorted(state.tree.items())), tuple(state.acked)))
             if key not in seen:
                 seen.add(key)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from iterative_sft_cli.rundir.fs import Op
 
-TEARS = ("whole", "none", "half", "zeros")
+TEARS = ("none", "whole", "half", "zeros")
 ROOT = 0
 
 
@@ -164,18 +164,21 @@ class Disk:
             if entry.kind == "sync" and entry.label != skip:
                 self.last_sync.setdefault(entry.node, []).append(index)
 
-    def states(self, at: int, *, rng: random.Random, num_random: int) -> Iterator[State]:
-        """States after the first `at` operations: bounded single changes, prefixes, and `num_random` random ones."""
+    def states(self, at: int, *, rng: random.Random, num_random: int, few: bool = False) -> Iterator[State]:
+        """States after the first `at` operations: bounded single changes, prefixes, and `num_random` random ones; with `few`, only the four
+        in which most is lost."""
         pending = self._pending(at)
-        choices: list[Callable[[int], bool]] = [lambda j: True, lambda j: False]
-        for chosen in pending[-12:]:
+        choices: list[Callable[[int], bool]] = [lambda j: False, lambda j: True]
+        if few:
+            choices += [lambda j, x=chosen: j != x for chosen in pending[-2:]]
+        for chosen in () if few else pending[-12:]:
             choices += [
                 lambda j, x=chosen: j != x,
                 lambda j, x=chosen: j == x,
                 lambda j, x=chosen: j <= x,
             ]
-        for keep in choices:
-            for tear in TEARS:
+        for tear in TEARS[:1] if few else TEARS:
+            for keep in choices:
                 yield self._state(at, keep, lambda node, tear=tear: tear)
         for _ in range(num_random):
             kept = {j for j in pending if rng.random() < 0.5}

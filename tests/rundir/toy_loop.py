@@ -16,7 +16,7 @@ from iterative_sft_cli.rundir import RunDir, peek
 
 ROUNDS, SHARDS, STEPS, SAVE_AFTER = 3, 2, 4, 2
 BASE = b"\0" * 32
-NOT_COMPARED = {"LOCK", "telemetry.jsonl", "quarantine", "isft-run.json"}
+NOT_COMPARED = {"LOCK", "telemetry.jsonl", "quarantine", "isft-run.json", "outcome.json", "spare"}
 
 
 def digest(*parts: Any) -> str:
@@ -126,12 +126,12 @@ class Toy:
 
 
 def contents(path: Path) -> dict[str, str]:
-    """Checksums of everything a user would compare: all but clock, lock, run id, quarantine and the copies in checkpoints."""
+    """Checksums of everything a user would compare: all but clock, lock, run id, outcome, quarantine and the copies in checkpoints."""
     found = {}
     for file in sorted(path.rglob("*")):
         parts = file.relative_to(path).parts
         in_copies = parts[0] == "checkpoints" and parts[-1] == "run.json"
-        if file.is_file() and parts[0] not in NOT_COMPARED and not in_copies:
+        if file.is_file() and not {parts[0], parts[-1].partition(".")[0]} & NOT_COMPARED and not in_copies:
             found["/".join(parts)] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
