@@ -118,6 +118,7 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
             encoder=stages.encoder,
             max_length=config.train.max_length,
             scores_read=scores_read(config),
+            eval_texts=[prompt_text(prompt.prompt) for prompt in stages.eval_prompts],
         )
         log("start", start_from=config.train.start_from, weights=", ".join(source.name for source in sources))
         with chain:
@@ -178,6 +179,13 @@ def place_weights(stages: Stages, config: Any) -> None:
         stages.learner.load_weights(best_folder(stages.run, stages.run.stats.rows(), config.eval.metric)[1])
     elif start == "warmup":
         stages.learner.load_weights(stages.run.checkpoints.verified(round_key(0)).path)
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt as one text; chat messages without the system's."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(str(message.get("content", "")) for message in prompt if message.get("role") != "system")
 
 
 def scores_read(config: Any) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from iterative_sft_cli.config import rules_rounds  # noqa: F401  (registers its rules)
+from iterative_sft_cli.config import rules_methods, rules_rounds  # noqa: F401  (register their rules)
 from iterative_sft_cli.config.advice import warnings as advice
 from iterative_sft_cli.config.availability import unavailable
 from iterative_sft_cli.config.findings import Step, explain, nearest, path_of

@@ -5,7 +5,6 @@ What is drawn in which wave is `waves.py`'s decision; it depends on sealed verdi
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +13,15 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from iterative_sft_cli.filters import FilterChain, FilterSays, Judged
+from iterative_sft_cli.errors import ConfigError
+from iterative_sft_cli.filters import FilterChain, Judged
 from iterative_sft_cli.guards import check_budget, tokens_so_far
 from iterative_sft_cli.rounds.hints import FIRST_HINTED, hinted_prompt, second_tries
 from iterative_sft_cli.rounds.sampling import SHARD_ROWS, generate_shard, make_request, seeds_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.rounds.waves import Draw, Waves, plan_waves
 from iterative_sft_cli.rounds.weights import Source
+from iterative_sft_cli.rounds.whole import JudgedRound, find_surplus
 from iterative_sft_cli.samples import (
     GENERATED,
     HINTED,
@@ -30,9 +31,6 @@ from iterative_sft_cli.samples import (
     sample_to_row,
 )
 from iterative_sft_cli.types import Prompt, Request, Sample
-
-SURPLUS = "until_accepted"
-"""The name under which what is more than `until_accepted` or `until_total` asked for stands in the verdicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +84,13 @@ class RoundJudge:
         self._number = 0
         self._judging: list[Future[Counter[str]]] = []
         self._tokens = tokens_so_far(stages.run.stats.rows())
+        unfit = [one.name for one in chain.filters if one.kind == "samples"] + chain.not_prefix_stable()
+        if self.waves.adaptive and unfit:
+            raise ConfigError(
+                f"`{unfit[0]}` decides over samples that are not drawn yet when a prompt's samples stop early",
+                where="generate",
+                expected="only filters whose verdict later samples cannot change",
+            )
         # group filters of a later wave see the earlier samples of the prompt
         grouped = any(one.kind == "group" for one in chain.filters[: chain.streaming_end])
         self._history: dict[str, list[Judged]] | None = {} if self.waves.adaptive and grouped else None
@@ -178,6 +183,7 @@ class RoundJudge:
         found = self.shards.read(self.round_index, name)
         verdicts = self.shards.read(self.round_index, name.replace(GENERATED, VERDICTS, 1))
         submit: Callable[[Sample], None] = stream.submit if stream is not None else _nothing
+        logprobs: dict[str, list[float]] = {}
         if found is None:
             samples, plan = generate_shard(
                 self.stages,
@@ -190,9 +196,12 @@ class RoundJudge:
                 phase=self._phase,
                 on_sample=submit,
                 trained_after=trained_after,
+                logprobs=logprobs,
             )
             seeds = seeds_of(requests)
             rows = [sample_to_row(s, seeds[s.prompt_id, s.sample_index]) for s in samples]
+            if self.decoding.keep_logprobs:
+                rows = [{**row, "token_logprobs": logprobs.get(row["sample_id"])} for row in rows]
             if trained_after is not None:
                 hinted = {request.prompt_id: list(request.prompt_ids) for request in requests}
                 rows = [{**row, HINTED: hinted[row["prompt_id"]]} for row in rows]
@@ -354,48 +363,3 @@ def owners_of(shares: Sequence[float], num_samples: int) -> list[int]:
         owners.append(max(range(len(shares)), key=lambda place: (round(behind[place], 9), -place)))
         made[owners[-1]] += 1
     return owners
-
-
-def find_surplus(judged: Sequence[Judged], each: Mapping[str, int], total: int | None) -> dict[str, list[FilterSays]]:
-    """Of the samples that passed, in order: those beyond a prompt's number or the round's are dropped as `surplus`."""
-    counts: Counter[str] = Counter()
-    passed = 0
-    said = {}
-    for one in judged:
-        key = one.sample.prompt_id
-        keep = counts[key] < each.get(key, math.inf) and (total is None or passed < total)
-        counts[key] += keep
-        passed += keep
-        said[one.sample.sample_id] = [FilterSays(SURPLUS, keep, None, None if keep else "surplus")]
-    return said
-
-
-class JudgedRound(Sequence[Judged]):
-    """The samples of a round that passed the streaming filters, in order, read from the sealed shards as they are asked for."""
-
-    def __init__(self, stages: Stages, prompts: dict[str, Prompt], round_index: int) -> None:
-        self._stages = stages
-        self._prompts = prompts
-        self._round_index = round_index
-        self._index: list[tuple[str, int]] = []
-        self._open: tuple[str, list[Judged]] | None = None
-        for name in stages.run.shards.names(round_index, GENERATED):
-            self._index += [(name, i) for i, one in enumerate(self._load(name)) if one.kept]
-
-    def _load(self, name: str) -> list[Judged]:
-        if self._open is None or self._open[0] != name:
-            shards = self._stages.run.shards
-            samples = read_generated(shards, self._round_index, name, self._prompts)
-            verdicts = shards.read(self._round_index, name.replace(GENERATED, VERDICTS, 1))[0]
-            judged = [Judged.from_rows(s, v["says"], v["kept"]) for s, v in zip(samples, verdicts, strict=True)]
-            self._open = (name, judged)
-        return self._open[1]
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        name, position = self._index[index]
-        return self._load(name)[position]

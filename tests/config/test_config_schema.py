@@ -58,7 +58,7 @@ train:
   start_from: base
   data: {window: 2}
   mix: {path: seed.jsonl, share: 0.25}
-  objective: iw
+  objective: rwr
   weight_by: exp(math_verify / 0.5) * grade
   steps: {start: 40, factor: 1.2, max: 60}
   learning_rate: 1e-4
