@@ -26,6 +26,7 @@ from iterative_sft_cli.resume import check_choice, check_drift, is_complete, is_
 from iterative_sft_cli.rounds.weights import ResumePoint, round_key
 from iterative_sft_cli.rundir import RunDir, RunView
 from iterative_sft_cli.signals import StopRequests
+from iterative_sft_cli.tracking import TrackedView, check_trackers
 from iterative_sft_cli.types import TrainRow
 
 
@@ -74,6 +75,7 @@ def run_experiment(
         view.note(f"{safe_text(path)}: complete, {loaded.config.rounds} rounds; nothing to do")
         say_last_lines(view, path, loaded)
         return Outcome(EXIT_OK, "complete", path, after)
+    check_trackers(loaded.config.tracking)
     prompts, eval_prompts = read_prompts(loaded)
     last_code = found.outcome.get("code") if found is not None and found.outcome else None
     run, drift = open_run(path, loaded, found, allow_change)
@@ -84,7 +86,13 @@ def run_experiment(
             facts = describe_environment(loaded, content_hashes(stages, prompts, eval_prompts, filters))
             stages.changes = settle(run, loaded, facts, drift=drift, allow_change=allow_change, last_code=last_code)
             announce(stages, loaded, view)
-            run_stages(stages)
+            if loaded.config.tracking:
+                stages.view = TrackedView(view, loaded.config.tracking, path)
+            try:
+                run_stages(stages)
+            finally:
+                if isinstance(stages.view, TrackedView):
+                    stages.view.finish()
         except IsftError as error:
             run.outcome(error.exit_code, error.render(), command)
             raise

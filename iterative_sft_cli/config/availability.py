@@ -21,7 +21,6 @@ NOT_YET: dict[str | tuple[str, Any], str] = {
     "generate.vllm": "engines other than transformers",
     "samples.compress": "compressed samples",
     "samples.keep": "dropping stored samples",
-    "tracking": "trackers",
     "train.parallel": "training over several processes",
 }
 """A path (any value but the default), (path, value) or (path, kind of value), and what is missing, in words."""
