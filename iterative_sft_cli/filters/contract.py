@@ -47,6 +47,11 @@ class Shape:
     is_class: bool
     positional: str | None
 
+    @property
+    def integers(self) -> list[str]:
+        """Names of arguments that are whole numbers."""
+        return [p.name for p in self.parameters if "int" in p.annotation.split(" | ")]
+
     def to_row(self) -> dict[str, Any]:
         """JSON form, sent by workers."""
         return {
@@ -122,6 +127,7 @@ def inspect_filter(target: Any) -> Shape:
         if extra:
             raise ContractBreach(f"its __call__ wants `{extra[0]}`; a class takes its arguments in __init__")
         rest = [p for p in _signature(target).parameters.values()] if target.__init__ is not object.__init__ else []
+    hints = _type_hints(target)
     arguments, open_ended, positional = [], False, None
     for p in rest:
         if p.name == "context" and not is_class:
@@ -134,19 +140,25 @@ def inspect_filter(target: Any) -> Shape:
             raise ContractBreach(f"its argument `{p.name}` is positional-only; filters take named arguments")
         else:
             positional = positional or p.name
-            annotation = "" if p.annotation is p.empty else _annotation_text(p.annotation)
+            annotation = "" if p.annotation is p.empty else type_name(hints.get(p.name, p.annotation))
             arguments.append(Parameter(p.name, annotation, None if p.default is p.empty else repr(p.default)[:200]))
     return Shape(kind, tuple(arguments), open_ended, takes_context, is_class, positional)
 
 
-def _annotation_text(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
+    """An annotation as users read it: `int | None`, `'exact' | 'near'`, `list[str]`."""
     if isinstance(annotation, str):
         return annotation
-    return (
-        annotation.__name__
-        if isinstance(annotation, type) and not hasattr(annotation, "__origin__")
-        else str(annotation)
-    )
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(repr(one) for one in inner)
+    if origin in (typing.Union, pytypes.UnionType):
+        return " | ".join(type_name(one) for one in inner)
+    if annotation is type(None):
+        return "None"
+    if origin is not None and inner:
+        return f"{getattr(origin, '__name__', origin)}[{', '.join(type_name(one) for one in inner)}]"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
 
 
 def did_you_mean(word: str, words: Sequence[str]) -> str:
@@ -183,7 +195,7 @@ def bind_arguments(target: Any, shape: Shape, args: Mapping[str, Any]) -> tuple[
     hints = _type_hints(target)
     for name, value in given.items():
         if name in names and name in hints and not matches(hints[name], value):
-            problems.append(f"argument `{name}` is {value!r}, expected {_annotation_text(hints[name])}")
+            problems.append(f"argument `{name}` is {value!r}, expected {type_name(hints[name])}")
     return given, problems
 
 

@@ -108,7 +108,7 @@ def resolve_plugin(entry: FilterEntry, location: Location, distribution: str | N
     if problems:
         raise ConfigError("wrong arguments", problems=problems)
     given, _ = place_bare(shape, arguments, entry.bare)
-    integers = [p.name for p in shape.parameters if "int" in p.annotation]
+    integers = shape.integers
     bound, _ = bind_scheduled(lambda values: (dict(values), []), integers, given)
     declares: Mapping[str, Any] = told["declares"]
     role: Role = "verifier" if shape.kind == "sample" else "selector"

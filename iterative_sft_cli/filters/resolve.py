@@ -207,7 +207,7 @@ def locate(use: str, *, base_dir: Path, installed: Sequence[EntryPoint]) -> tupl
     claims = [point for point in installed if point.name == use]
     if (use in NAMES) + len(claims) > 1:
         owners = ["a built-in filter"] if use in NAMES else []
-        owners += [f"{_distribution(point) or 'a package'} ({point.value})" for point in claims]
+        owners += [f"{distribution_of(point) or 'a package'} ({point.value})" for point in claims]
         raise ConfigError(
             f"the name `{use}` clashes: it is {' and '.join(owners)}; write pkg.mod:attr for the one you mean"
         )
@@ -215,7 +215,7 @@ def locate(use: str, *, base_dir: Path, installed: Sequence[EntryPoint]) -> tupl
         return None
     if claims:
         module, _, attribute = claims[0].value.partition(":")
-        return Location(attribute.split("[")[0].strip(), module=module.strip()), _distribution(claims[0])
+        return Location(attribute.split("[")[0].strip(), module=module.strip()), distribution_of(claims[0])
     if use.endswith(".py") or "/" in use:
         raise ConfigError(f"`{use}` does not say which function, expected path/file.py:attr")
     known = sorted({*NAMES, *(point.name for point in installed)})
@@ -225,7 +225,8 @@ def locate(use: str, *, base_dir: Path, installed: Sequence[EntryPoint]) -> tupl
     )
 
 
-def _distribution(point: EntryPoint) -> str | None:
+def distribution_of(point: EntryPoint) -> str | None:
+    """`name version` of the package that installed an entry point."""
     return f"{point.dist.name} {point.dist.version}" if point.dist is not None else None
 
 
@@ -253,7 +254,7 @@ def _resolve_builtin(entry: FilterEntry, base_dir: Path) -> tuple[ResolvedFilter
                 wrong = [str(error)]
         return bound, wrong
 
-    arguments, wrong = bind_scheduled(bind, [p.name for p in shape.parameters if "int" in p.annotation], given)
+    arguments, wrong = bind_scheduled(bind, shape.integers, given)
     problems += wrong
     fields = type(entry).model_fields
     for option in sorted(

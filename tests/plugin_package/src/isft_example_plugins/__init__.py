@@ -1,0 +1,1 @@
+"""Example plug-ins for isft: filters, a prompt source and an engine."""
