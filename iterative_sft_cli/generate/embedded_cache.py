@@ -16,6 +16,8 @@ ROW_STEP = 8
 """Row counts of products are rounded up to a multiple of this: fewer distinct shapes for the matrix library to prepare."""
 BLOCK = 32
 """Columns of a block while the oldest row is young; an eighth of its age later."""
+MERGE_SHARE = 0.8
+"""Two full blocks of like size are joined when at least so many of the younger one's rows are in the older one."""
 _MASKED = {torch.float16: -3e4}
 """Added to the score of what may not be attended to: finite, so that rows of padding stay finite too; -1e30 elsewhere."""
 
@@ -175,12 +177,12 @@ class BlockCache:
 
     def _lay_out_prompts(self, keep: int) -> None:
         """Room for all prompts at the width of the longest; the first `keep` slots hold data."""
-        count, width = len(self.prompt_lengths), -(-max(self.prompt_lengths) // ROW_STEP) * ROW_STEP
+        count, width = len(self.prompt_lengths), -(-max(self.prompt_lengths) // BLOCK) * BLOCK
         self.seats = max(self.seat) + 1
         old = self.prompts
         if old is not None:
             slots, capacity = old[0].shape[1], old[0].shape[3]
-            if slots >= count and width <= capacity <= max(width * 5 // 4, width + ROW_STEP):
+            if slots >= count and width <= capacity <= max(width * 5 // 4, width + BLOCK):
                 return
         count = _rounded(count)
         self.prompts = (self._new(count, width, 0), self._new(count, width, 1))
@@ -200,9 +202,13 @@ class BlockCache:
         num_rows, padded = self.num_rows, self.padded_rows
         columns = self.next_block()
         if columns:
+            self._merge()
             store = [self._new(padded, columns, which) for which in (0, 1)]
             self.blocks.append(_Block(self.clock, self.clock + columns, store[0], store[1]))
         self._widen(self.blocks[-1], padded)
+        if self._scores is not None:
+            # the masks of a step add up where a block has no row
+            self._scores.zero_()
         self._column = self.clock - self.blocks[-1].start
         self.clock += 1
         for block in self.blocks[:-1]:
@@ -222,6 +228,20 @@ class BlockCache:
         blocked[:, :prompt_width] = column[:prompt_width] >= torch.tensor(length).unsqueeze(1)
         mask = torch.zeros(padded, 1, len(column), dtype=self.dtype)
         self._mask = mask.masked_fill_(blocked.unsqueeze(1), self.masked).to(self.device)
+
+    def _merge(self) -> None:
+        """Join the newest blocks while that costs few products with rows that are younger: fewer, larger products."""
+        while len(self.blocks) > 1:
+            old, new = self.blocks[-2:]
+            old_rows, new_rows = (sum(born < block.end for born in self.born) for block in (old, new))
+            split, columns = old.end - old.start, new.end - old.start
+            if split > columns - split or old_rows < MERGE_SHARE * new_rows:
+                return
+            keys, values = (self._new(_rounded(new_rows), columns, which) for which in (0, 1))
+            for store, first, second in ((keys, old.keys, new.keys), (values, old.values, new.values)):
+                store[:, :old_rows, :, :split] = first[:, :old_rows]
+                store[:, :new_rows, :, split:] = second[:, :new_rows]
+            self.blocks[-2:] = [_Block(old.start, new.end, keys, values)]
 
     def _widen(self, block: _Block, rows: int) -> None:
         have = block.keys.shape[1]
@@ -259,7 +279,7 @@ class BlockCache:
             keys = block.keys[layer, : block.rows].view(block.rows * kv_heads, upper - lower, width)
             found = torch.bmm(folded[: block.rows * kv_heads], keys.transpose(1, 2))
             torch.mul(found.view(block.rows, heads, -1), scaling, out=scores[: block.rows, :, lower:upper])
-        weights = torch.softmax(scores + self._mask, -1)
+        weights = torch.softmax(scores.add_(self._mask), -1)
         mixed = self._mix_prompts(layer, weights, heads)
         for block, lower, upper in self._spans:
             values = block.values[layer, : block.rows].view(block.rows * kv_heads, upper - lower, -1)

@@ -19,6 +19,8 @@ from iterative_sft_cli.types import Decoding
 _BLOCK = 128
 """Probabilities are summed in blocks of so many tokens; only the block that the uniform falls into is summed one by one."""
 
+_LOG2E = math.log2(math.e)
+
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
     """One float64 in [0, 1) for each (seed, position): splitmix64's output function over seed + (position + 1) * golden ratio.
@@ -72,26 +74,31 @@ class Sampler:
         num_rows, vocab = logits.shape
         scores = self._scratch(num_rows, vocab, logits.device)
         values = scores[:, :vocab]
-        raw_top = logits.amax(-1, keepdim=True).float()
-        torch.sub(logits, raw_top, out=values)
-        normaliser = _logsumexp(values) if self._differs_from_raw else None
+        values.copy_(logits)
+        raw_top = values.amax(-1, keepdim=True)
         if self.needs_history:
             assert history is not None
-            penalised = self._penalised(logits, history)
-            torch.sub(penalised, penalised.amax(-1, keepdim=True), out=values)
+            normaliser = _logsumexp(values - raw_top)
+            self._penalise(values, history)
+            top = values.amax(-1, keepdim=True)
+        else:
+            top, normaliser = raw_top, None
+            if self._differs_from_raw:
+                normaliser = _logsumexp(values - raw_top)
         if decoding.do_sample:
-            if decoding.temperature != 1.0:
-                values.mul_(1.0 / decoding.temperature)
+            # values become (values - top) / temperature in units of log 2, as exp2 is several times faster than exp
+            scale = _LOG2E / decoding.temperature
+            torch.add(top * -scale, values, alpha=scale, out=values)
             if self._truncates:
                 values.masked_fill_(values < self._limit(values), -torch.inf)
-            values.exp_()
+            values.exp2_()
             uniform = torch.from_numpy(uniforms(seeds, positions)).to(logits.device)
             tokens, total = _invert(scores, uniform)
             if normaliser is None:
                 normaliser = total.log()
         else:
             tokens = values.argmax(-1)
-            normaliser = _logsumexp(values) if normaliser is None else normaliser
+            normaliser = _logsumexp(values - top) if normaliser is None else normaliser
         chosen = logits.gather(1, tokens.unsqueeze(1)).float() - raw_top
         return Drawn(tokens.tolist(), (chosen.squeeze(1) - normaliser).tolist())
 
@@ -104,19 +111,18 @@ class Sampler:
             self._buffer = buffer
         return buffer[:num_rows]
 
-    def _penalised(self, logits: torch.Tensor, history: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Raw logits with the repetition penalty on every token of a row's history."""
+    def _penalise(self, values: torch.Tensor, history: Sequence[Sequence[int]]) -> None:
+        """Apply the repetition penalty to raw logits, for every token of a row's history."""
         penalty = self.decoding.repetition_penalty
         longest = max(len(ids) for ids in history)
-        seen = torch.tensor([[*ids, *([ids[0]] * (longest - len(ids)))] for ids in history], device=logits.device)
-        out = logits.float().clone()
-        values = out.gather(1, seen)
-        return out.scatter_(1, seen, torch.where(values < 0, values * penalty, values / penalty))
+        seen = torch.tensor([[*ids, *([ids[0]] * (longest - len(ids)))] for ids in history], device=values.device)
+        found = values.gather(1, seen)
+        values.scatter_(1, seen, torch.where(found < 0, found * penalty, found / penalty))
 
     def _limit(self, values: torch.Tensor) -> torch.Tensor:
-        """For each row the smallest tempered logit (relative to the row's largest) that may be drawn, [rows, 1]."""
+        """For each row the smallest of `values` (log2 of probability, relative to the largest) that may be drawn, [rows, 1]."""
         decoding = self.decoding
-        limit = values.new_full((values.shape[0], 1), math.log(decoding.min_p) if decoding.min_p > 0 else -torch.inf)
+        limit = values.new_full((values.shape[0], 1), math.log2(decoding.min_p) if decoding.min_p > 0 else -torch.inf)
         if 0 < decoding.top_k < values.shape[1]:
             kth = values.topk(decoding.top_k, dim=-1).values[:, -1:]
             if decoding.top_p < 1.0:
@@ -130,14 +136,14 @@ class Sampler:
 def _nucleus(values: torch.Tensor, top_p: float, limit: torch.Tensor | None) -> torch.Tensor:
     """The smallest value in the least set of largest tokens whose mass reaches `top_p` of what `limit` left in, [rows, 1]."""
     vocab = values.shape[1]
-    exponentials = values.exp()
+    exponentials = values.exp2()
     if limit is not None:
         exponentials.masked_fill_(values < limit, 0.0)
     total = exponentials.sum(-1, keepdim=True, dtype=torch.float64)
     width = min(256, vocab)
     while True:
         largest = values.topk(width, dim=-1).values
-        mass = largest.exp()
+        mass = largest.exp2()
         if limit is not None:
             mass.masked_fill_(largest < limit, 0.0)
         cumulative = mass.double().cumsum(-1)
@@ -149,8 +155,8 @@ def _nucleus(values: torch.Tensor, top_p: float, limit: torch.Tensor | None) -> 
 
 
 def _logsumexp(values: torch.Tensor) -> torch.Tensor:
-    """log(sum(exp(values))) of rows whose largest value is 0, [rows]."""
-    return values.exp().sum(-1, dtype=torch.float32).log_()
+    """log(sum(exp(values))) of rows whose largest value is 0, [rows]. Overwrites `values`."""
+    return values.mul_(_LOG2E).exp2_().sum(-1).log_()
 
 
 def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
