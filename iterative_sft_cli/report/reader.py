@@ -47,6 +47,12 @@ class Run:
             ) from error
 
     @property
+    def base_dir(self) -> Path:
+        """The folder that the paths in the config are relative to: the config file's, or where this is called when that is gone."""
+        written_in = Path(str(self.view.environment.get("config_dir", "")))
+        return written_in if written_in.is_dir() else Path.cwd()
+
+    @property
     def stats(self) -> list[dict[str, Any]]:
         """One row a round, oldest first."""
         return self.view.stats_rows()

@@ -53,8 +53,10 @@ def status_of(view: RunView, config: Any) -> Status:
         holder, alive = lock_holder(view)
         if alive:
             state, reason, then = RUNNING, f"by {holder}", ""
-        elif holder is None and not view.rounds and view.newest_key is None:
-            state, reason = NEW, "nothing was made yet"
+        elif holder is None:
+            forked = view.environment.get("forked_from")
+            state = NEW
+            reason = f"forked at round {forked['round']} of another run" if forked else "nothing was made yet"
     return Status(
         state=state,
         reason=reason,

@@ -1,0 +1,83 @@
+"""`isft refilter`: what is made of a finished run, without generating again."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from iterative_sft_cli.cli import AsJson, app, print_json
+from iterative_sft_cli.errors import ConfigError
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+
+
+@app.command()
+def refilter(
+    run: RunPath,
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG]", help="A config with other filters; the stored one by default.", show_default=False
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value ...]", help="Overrides such as filters[1].min=0.5.", show_default=False),
+    ] = None,
+    round_: Annotated[
+        int | None, typer.Option("--round", metavar="N", help="The round; the newest by default.")
+    ] = None,
+    fork: Annotated[
+        Path | None, typer.Option("--fork", metavar="NEW", help="Make a run directory NEW that trains on from there.")
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", help="Examples to show of what was gained, and lost.")] = 5,
+    as_json: AsJson = False,
+) -> int:
+    """Decide again over the stored samples of a round with other filters: what is gained, what is lost."""
+    from iterative_sft_cli.config import load_config
+    from iterative_sft_cli.experiment import stored_config
+    from iterative_sft_cli.filters import resolve_filters
+    from iterative_sft_cli.report.again import check_possible, difference, judge_again
+    from iterative_sft_cli.report.fork import check_config
+    from iterative_sft_cli.report.fork import fork as make_fork
+    from iterative_sft_cli.report.reader import Run
+    from iterative_sft_cli.report.refilter_text import print_difference
+    from iterative_sft_cli.report.screen import say, screen
+
+    given = list(overrides or [])
+    if config is not None and "=" in config and not Path(config).exists():
+        given.insert(0, config)
+        config = None
+    opened = Run.open(run)
+    if not opened.rounds:
+        raise ConfigError(f"{run}: no samples yet")
+    index = opened.rounds[-1] if round_ is None else round_
+    check_possible(opened, index)
+    extra = given if fork is None else [*given, f"output_dir={fork}"]
+    loaded = stored_config(run, extra) if config is None else load_config(Path(config), extra)
+    assert loaded is not None
+    loaded = loaded.continuing(opened.config)
+    if fork is not None:
+        check_config(opened, loaded)
+    filters = resolve_filters(loaded.config.filters, base_dir=loaded.base_dir)
+    again = judge_again(opened, index, filters, loaded.config, loaded.base_dir)
+    found = difference(opened, again, num_examples=limit)
+    if as_json:
+        print_json(found)
+    else:
+        print_difference(screen(), found)
+    if fork is not None:
+        for note in make_fork(opened, index, loaded, filters, fork):
+            say(f"note: {note}")
+        place = shlex.quote(str(fork))
+        words = (
+            shlex.join(["isft", "train", config, *given, "--output-dir", str(fork)])
+            if config
+            else f"isft resume {place}"
+        )
+        say(f"{fork}: round {index} is to be judged anew and trained")
+        say(f"next: {words}")
+    return 0
