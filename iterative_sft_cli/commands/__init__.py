@@ -4,3 +4,4 @@ from iterative_sft_cli.commands import run_commands  # noqa: F401  isort: skip
 from iterative_sft_cli.commands import config_commands  # noqa: F401  isort: skip
 from iterative_sft_cli.commands import read_commands  # noqa: F401  isort: skip
 from iterative_sft_cli.commands import hand_over_commands  # noqa: F401  isort: skip
+from iterative_sft_cli.commands import filter_commands  # noqa: F401  isort: skip
