@@ -38,7 +38,7 @@ def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def write_toy(folder: Path, changes: dict[str, Any] | None = None) -> Path:
     """A toy experiment in `folder`: prompts, dev set and config; returns the config's path."""
-    rows = [{"question": f"{a}+{b}", "answer": str(a + b)} for a in range(6) for b in range(6)]
+    rows = [{"question": f"{a}+{b}", "answer": str(a + b), "level": a} for a in range(6) for b in range(6)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:24]))
     (folder / "dev.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[24:]))
     config = merge(TOY_CONFIG, changes or {})

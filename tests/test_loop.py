@@ -11,7 +11,7 @@ from iterative_sft_cli import rounds as phases
 from iterative_sft_cli.console import Console
 from iterative_sft_cli.errors import ConfigError, DataError, GuardStop
 from iterative_sft_cli.experiment import run_experiment
-from iterative_sft_cli.rounds import evaluation, judge, training
+from iterative_sft_cli.rounds import evaluation, judge, search, training
 from iterative_sft_cli.rundir import RunDir, verify
 from iterative_sft_cli.samples import iter_round
 
@@ -102,7 +102,19 @@ def test_the_same_config_gives_the_same_bytes(toy, tmp_path):
     assert digest(tmp_path / "run") == digest(tmp_path / "other")
 
 
+SEARCH = {
+    "generate": {"search": {"temperature": [0.5, 1.0], "min": [0, 0.5, 1], "prompts": 4, "enough": 2}},
+    "filters": [
+        "finished",
+        {"numeric_answer": {"drop": False}},
+        {"threshold": {"by": "numeric_answer", "min": 0}},
+        "dedup",
+    ],
+}
+PROMOTED = {"start": 0, "width": 2, "promote_if": "filters/accept_rate >= 0.3"}
+FORMATS = [{}, {"prompt": "{prompt} =", "completion": "{answer}"}]
 STOPS = [
+    (search, "balance"),
     (judge, "generate_shard"),
     (judge, "_judge_unit"),
     (training, "_step"),
@@ -111,21 +123,38 @@ STOPS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"train": {"start_from": "base", "data": "accumulate"}},
-        {"train": {"start_from": "best"}},
-        {"checkpoints": {"every_steps": 2}},
-    ],
-    ids=["previous", "base", "best", "saves"],
-)
-def test_stopped_in_any_phase_of_any_round_it_ends_with_the_same_bytes(toy, tmp_path, monkeypatch, changes):
+CASES = {
+    "previous": {},
+    "base": {"train": {"start_from": "base", "data": "accumulate"}},
+    "best": {"train": {"start_from": "best"}},
+    "saves": {"checkpoints": {"every_steps": 2}},
+}
+METHODS = {
+    "until_accepted": {"generate": {"until_accepted": 1, "samples_per_prompt": 6}},
+    "until_total": {"generate": {"until_total": 9}},
+    "prop_difficulty": {
+        "generate": {"until_accepted": 2, "samples_per_prompt": 8, "budget": {"kind": "prop_difficulty", "pilot": 2}}
+    },
+    "gvm": {"generate": {"budget": {"kind": "gvm", "pilot": 2}}, "filters": ["finished", "numeric_answer"]},
+    "two_models": {"generate": {"from": [{"model": "current", "share": 0.5}, {"model": "base", "share": 0.5}]}},
+    "rationalize": {"rationalize": {"template": "{prompt} hint {answer}"}, "generate": {"samples_per_prompt": 1}},
+    "search": SEARCH,
+    "roll_back": {"guards": {"rollback_if": "round == 1 or round == 2"}, "train": {"data": "accumulate"}},
+    "adaptive": {"prompts": {"order": "adaptive", "advance": "accept_rate ** 2", "per_round": 6}},
+    "curriculum": {"prompts": {"order": "curriculum", "level": "level", "per_round": "all", "curriculum": PROMOTED}},
+    "shares": {
+        "train": {"data": "accumulate", "new_share": 0.5, "max_rows": 20, "evict": "random", "formats": FORMATS}
+    },
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *METHODS])
+def test_stopped_in_any_phase_of_any_round_it_ends_with_the_same_bytes(toy, tmp_path, monkeypatch, case):
+    changes = CASES.get(case) or METHODS.get(case, {})
     run(toy(output_dir="whole", **changes))
     expected = digest(tmp_path / "whole")
     stopped = 0
-    for number in (1, 2, 4):
+    for number in (1, 2, 4) if case in CASES else (4,) if case == "until_accepted" else (3,):
         for module, name in STOPS:
             original = getattr(module, name)
             left = [number * 3 - 2]
@@ -143,14 +172,15 @@ def test_stopped_in_any_phase_of_any_round_it_ends_with_the_same_bytes(toy, tmp_
                     patch.setattr("iterative_sft_cli.loop.seal_training_rows", crash)
                 if name == "generate_shard":
                     patch.setattr(evaluation, name, crash)
+                    patch.setattr(search, name, crash)
                 try:
                     run(toy(output_dir=folder, **changes))
                     continue
                 except KeyboardInterrupt:
                     stopped += 1
             run(toy(output_dir=folder, **changes))
-            assert digest(tmp_path / folder) == expected, (name, number)
-    assert stopped >= 8
+            assert digest(tmp_path / folder) == expected, (number, name)
+    assert stopped >= (8 if case in CASES else 2)
 
 
 def test_a_finished_run_is_left_alone(toy, tmp_path):

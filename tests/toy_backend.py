@@ -114,6 +114,9 @@ class ToyLearner:
             text = json.dumps({"weights": self.weights, "moment": self.moment})
             (folder / "state" / "trainer.json").write_text(text)
 
+    def loss(self, rows: object) -> float:
+        return 2.0 - self.weights["skill"]
+
     def offload(self) -> None: ...
 
     def reload(self) -> None: ...
@@ -143,9 +146,11 @@ class ToyEngine:
             if number == 1 and plan["max_rows"] > FITS["rows"]:
                 raise EngineOutOfMemory
             text = request.prompt if isinstance(request.prompt, str) else request.prompt[-1]["content"]
-            total = sum(int(n) for n in re.findall(r"\d+", text))
+            hint = re.search(r"hint (\d+)", text)
+            total = int(hint[1]) if hint else sum(int(n) for n in re.findall(r"\d+", text))
             for index, seed in zip(request.sample_indices, request.seeds, strict=True):
-                right = not decoding.do_sample or uniform(seed, 0) < self.weights["skill"]
+                skill = self.weights["skill"] / decoding.temperature ** 0.5
+                right = not decoding.do_sample or uniform(seed, 0) < (0.9 if hint else skill)
                 answer = total if right else total + 1 + int(uniform(seed, 1) * 5)
                 ids = [*f"The answer is {answer}.".encode("ascii"), 0]
                 reason = EOS

@@ -248,6 +248,7 @@ class RoundJudge:
         draws = [Draw(self.by_id[r.prompt_id], 0, len(r.sample_indices)) for r in requests]
         by_id = {request.prompt_id: request for request in requests}
         source = self.sources[0]
+        judging = []
         for number, unit in enumerate(into_units(draws)):
             stream = None if self.chain.needs_device else self.chain.open_shard()
             asked_now = [by_id[draw.prompt.prompt_id] for draw in unit]
@@ -255,7 +256,9 @@ class RoundJudge:
             piece = self._generate(name, source, asked_now, stream, trained_after=plain)
             if self.chain.needs_device:
                 self.stages.session.close()
-            self._judge_later([piece], stream, hinted=True)
+            judging.append(self._judge_later([piece], stream, hinted=True))
+        for done in judging:
+            done.result()
 
     # --- judging ------------------------------------------------------------------------------------------------------
 
@@ -263,8 +266,17 @@ class RoundJudge:
         """Judge a unit in the judges' thread; at most two units wait for it."""
         if len(self._judging) >= 2:
             self._judging[-2].result()
-        self._judging.append(self._judges.submit(_judge_unit, self, pieces, stream, hinted))
+        before = self._judging[-1] if self._judging else None
+        self._judging.append(self._judges.submit(self._judge_after, before, pieces, stream, hinted))
         return self._judging[-1]
+
+    def _judge_after(
+        self, before: Future[Counter[str]] | None, pieces: list[Piece], stream: Any, hinted: bool
+    ) -> Counter[str]:
+        # a unit after one that failed would be judged without its verdicts
+        if before is not None and before.exception() is not None:
+            raise before.exception() or AssertionError
+        return _judge_unit(self, pieces, stream, hinted)
 
     def judge(self, pieces: Sequence[Piece], stream: Any, hinted: bool) -> Counter[str]:
         """Seal the verdicts of a unit; how many samples of each prompt passed."""
