@@ -1,4 +1,4 @@
-"""`isft refilter`: what is made of a finished run, without generating again."""
+"""`isft refilter` and `report`: what is made of a finished run, without generating again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from iterative_sft_cli.cli import AsJson, app, print_json
+from iterative_sft_cli.cli import AsJson, app, echo, print_json
 from iterative_sft_cli.errors import ConfigError
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
@@ -80,4 +80,23 @@ def refilter(
         )
         say(f"{fork}: round {index} is to be judged anew and trained")
         say(f"next: {words}")
+    return 0
+
+
+@app.command()
+def report(
+    run: RunPath,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="The page; RUN/report.html by default.")
+    ] = None,
+) -> int:
+    """Write RUN as one HTML file that opens anywhere, without a network."""
+    from iterative_sft_cli.report.html import write_report
+    from iterative_sft_cli.report.reader import Run
+    from iterative_sft_cli.report.screen import say
+
+    target = out or run / "report.html"
+    size = write_report(Run.open(run), target)
+    echo(str(target))
+    say(f"{size / 1000:,.0f} kB")
     return 0
