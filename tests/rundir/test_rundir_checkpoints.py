@@ -260,3 +260,55 @@ def test_a_reader_needs_no_lock_and_changes_nothing(run: RunDir, monkeypatch: py
         view.shards.read(1, "generated-00000")
     with pytest.raises(DataError, match="missing"):
         view.checkpoint("0009")
+
+
+def swap(a: Path, b: Path) -> None:
+    aside = a.with_name("aside")
+    a.rename(aside)
+    b.rename(a)
+    aside.rename(b)
+
+
+@pytest.mark.parametrize("inner", ["", "state"])
+def test_folders_that_changed_places_are_noticed(run: RunDir, inner: str) -> None:
+    for number in (1, 2):
+        run.checkpoints.commit(f"{number:04d}", writer(str(number)), {})
+    path = run.path
+    run.close()
+    swap(path / "checkpoints" / "0001" / inner, path / "checkpoints" / "0002" / inner)
+    assert len([finding for finding in verify(path) if finding.damage]) >= 2
+    with RunDir.open(path) as again:
+        assert again.checkpoints.newest() is None
+
+
+def test_with_ledger_and_its_copy_damaged_the_checkpoint_before_is_taken(run: RunDir) -> None:
+    for number in (1, 2):
+        run.ledger.append({"n": number})
+        run.checkpoints.commit(f"{number:04d}", writer(), {})
+    path = run.path
+    run.close()
+    whole = (path / "ledger.jsonl").read_bytes()
+    (path / "ledger.jsonl").write_bytes(whole.replace(b"2", b"7"))
+    (path / "checkpoints" / "0002" / "run.json").write_text("{}")
+    with RunDir.open(path) as again:
+        newest = again.checkpoints.newest()
+        assert newest is not None and newest.key == "0001"
+        assert again.ledger.rows() == [{"n": 1}]
+
+
+def test_a_damaged_ledger_is_put_back_without_losing_a_step(run: RunDir) -> None:
+    run.ledger.append({"n": 1})
+    run.checkpoints.commit("0001", writer(), {})
+    run.ledger.append({"n": 2})
+    run.checkpoints.commit_async("0002", writer(), {})
+    run.ledger.append({"n": 3})
+    path = run.path
+    run.close()
+    whole = (path / "ledger.jsonl").read_bytes()
+    (path / "ledger.jsonl").write_bytes(whole.replace(b'"n":1', b'"n" 1'))
+    with RunDir.open(path) as again:
+        newest = again.checkpoints.newest()
+        assert newest is not None and newest.key == "0002"
+        assert again.ledger.rows() == [{"n": 1}, {"n": 2}]
+        assert again.quarantined == [("ledger.jsonl", again.quarantined[0][1])]
+        assert "line 1" in again.quarantined[0][1] and "checkpoint 0002" in again.quarantined[0][1]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iterative_sft_cli.errors import DataError
-from iterative_sft_cli.rundir import RunDir, jsonl
+from iterative_sft_cli.errors import DataError, StorageError
+from iterative_sft_cli.rundir import RunDir, fs, jsonl
 from iterative_sft_cli.rundir.ledger import read_log, read_loose
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -103,3 +103,32 @@ def test_telemetry_after_a_torn_line_keeps_both_neighbours(tmp_path: Path) -> No
             found = [row["n"] for row in run.telemetry.rows()]
         # (without its newline only, the second row is whole)
         assert found == ([1, 2, 3] if cut == len(whole) - 1 else [1, 3])
+
+
+def test_a_file_without_its_last_newline_is_cut_off() -> None:
+    with pytest.raises(jsonl.BadLine, match="line 2: the last line is cut off"):
+        jsonl.decode_rows(b'{"a":1}\n{"a":2}')
+    assert jsonl.split_rows(b'{"a":1}\n{"a"') == ([{"a": 1}], b'{"a"')
+
+
+def test_nothing_is_glued_to_a_row_that_a_full_disk_tore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrote = []
+
+    def tear(op: fs.Op) -> int | None:
+        if op.kind != "write":
+            return None
+        wrote.append(op)
+        if len(wrote) > 1:
+            raise OSError(28, "injected")
+        return 4
+
+    with new_run(tmp_path / "run") as run:
+        monkeypatch.setattr(fs, "hook", tear)
+        for _ in range(2):
+            with pytest.raises(StorageError, match="No space left"):
+                run.ledger.append({"n": 1})
+        assert len(wrote) == 2
+        monkeypatch.setattr(fs, "hook", None)
+        with pytest.raises(StorageError):
+            run.ledger.append({"n": 2})
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == b'{"n"'

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import toy_loop
+from crash_base import KillAt, Killed, hooked
 
 from iterative_sft_cli.errors import DataError, StorageError
 from iterative_sft_cli.rundir import RunDir, fs, peek, verify
@@ -149,6 +150,16 @@ def test_an_outcome_holds_only_for_what_it_saw(tmp_path: Path) -> None:
     assert view is not None and not view.finished
 
 
+def test_an_outcome_does_not_hold_for_a_run_that_lost_its_last_checkpoint(tmp_path: Path) -> None:
+    toy_loop.train(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "0003")
+    view = peek(tmp_path / "run")
+    assert view is not None and not view.finished
+    assert [finding.path for finding in verify(tmp_path / "run") if finding.damage] == ["outcome.json"]
+    toy_loop.train(tmp_path / "run")
+    assert verify(tmp_path / "run") == []
+
+
 def test_another_outcome_than_complete_is_told_and_forgotten_at_the_next_start(tmp_path: Path) -> None:
     with begin(tmp_path / "run") as run:
         assert run.outcome(3, "min_accepted", "isft train c.yaml")
@@ -184,6 +195,28 @@ def test_records_are_replaced_whole(tmp_path: Path) -> None:
         assert run.config_source == b"model: m\nrounds: 4\n"
 
 
+def test_a_kill_while_records_are_replaced_leaves_each_old_or_new(tmp_path: Path) -> None:
+    for at in range(40):
+        path = tmp_path / f"run{at}"
+        run = begin(path)
+        try:
+            with hooked(KillAt(at)):
+                run.write_config(b"new", {**TREE, "rounds": 4})
+            done = True
+        except Killed:
+            done = False
+        run.close()
+        assert [finding for finding in verify(path) if finding.damage] == []
+        with RunDir.open(path) as again:
+            assert again.config_source in (b"model: m\n", b"new") and again.resolved["rounds"] in (3, 4)
+            # the config that a resume compares with is never newer than what the user sees
+            assert again.resolved["rounds"] == 3 or again.config_source == b"new"
+        if done:
+            assert at > 8
+            return
+    pytest.fail("it never came to an end")
+
+
 @pytest.mark.parametrize("name", ["isft-run.json", "config.yaml", "resolved.yaml", "environment.json"])
 def test_a_damaged_record_is_put_back_from_a_checkpoint(tmp_path: Path, name: str) -> None:
     with begin(tmp_path / "run") as run:
@@ -216,10 +249,12 @@ def test_the_lock_is_free_at_once_after_kill_9_and_a_child_cannot_keep_it(tmp_pa
     code = (
         "import os, sys, time; from iterative_sft_cli.rundir import RunDir; run = RunDir.open(sys.argv[1]);"
         "child = os.fork() if hasattr(os, 'fork') else 1;"
-        "print('held', flush=True) if child else None; time.sleep(30)"
+        "print('held' if child else 'let go', flush=True); time.sleep(30)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    assert holder.stdout is not None
+    told = {holder.stdout.readline() for _ in range(2 if hasattr(os, "fork") else 1)}
+    assert "held\n" in told
     begun = time.monotonic()
     with pytest.raises(DataError, match=f"pid {holder.pid} on {socket.gethostname()} since 20"):
         RunDir.open(tmp_path / "run")
@@ -230,9 +265,7 @@ def test_the_lock_is_free_at_once_after_kill_9_and_a_child_cannot_keep_it(tmp_pa
             RunDir.open(tmp_path / "run")
     holder.kill()
     holder.wait()
-    begun = time.monotonic()
     RunDir.open(tmp_path / "run").close()
-    assert time.monotonic() - begun < 1
 
 
 def test_a_fork_closes_no_descriptor_of_others(tmp_path: Path) -> None:
