@@ -149,7 +149,7 @@ class ToyEngine:
             hint = re.search(r"hint (\d+)", text)
             total = int(hint[1]) if hint else sum(int(n) for n in re.findall(r"\d+", text))
             for index, seed in zip(request.sample_indices, request.seeds, strict=True):
-                skill = self.weights["skill"] / decoding.temperature ** 0.5
+                skill = self.weights["skill"] / decoding.temperature**0.5
                 right = not decoding.do_sample or uniform(seed, 0) < (0.9 if hint else skill)
                 answer = total if right else total + 1 + int(uniform(seed, 1) * 5)
                 ids = [*f"The answer is {answer}.".encode("ascii"), 0]
@@ -159,7 +159,8 @@ class ToyEngine:
                 time.sleep(DELAY_S)
                 self.heartbeat(len(ids))
                 logprob = -uniform(seed, 2) * len(ids)
-                yield Completion(request.prompt_id, index, tuple(ids), reason, None, logprob)
+                each = (logprob / len(ids),) * len(ids) if decoding.keep_logprobs else None
+                yield Completion(request.prompt_id, index, tuple(ids), reason, None, logprob, each)
 
     def end(self) -> None: ...
 
