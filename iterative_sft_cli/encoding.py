@@ -166,6 +166,12 @@ class TokenizerEncoder:
             return start + str(messages[-1]["content"])
         return self.template.render(self._conversation(messages), generation=True)
 
+    def messages(self, prompt: str | Sequence[Message]) -> list[Message]:
+        """The conversation that `encode_prompt` writes down, for servers that apply a chat template of their own."""
+        if self.template is None:
+            return [{"role": "user", "content": self._raw_text(prompt)}]
+        return self._conversation([{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt))
+
     def _raw_text(self, prompt: str | Sequence[Message]) -> str:
         if not isinstance(prompt, str):
             raise ConfigError(
