@@ -188,7 +188,7 @@ class Checkpoints:
             text = json.dumps(state, indent=1, sort_keys=True, allow_nan=False) + "\n"
             self._fs.create(temp / STATE, text.encode("ascii"), sync=None)
             stamps = {name: log.stamp() for name, log in self._logs.items()}
-            self._fs.create(temp / COPIES, self._copies(key, stamps), sync=None)
+            self._fs.create(temp / COPIES, self._copies(key), sync=None)
         except Exception as error:
             self._fs.discard(temp)
             needed = folder_size(self._newest.path) if self._newest else None
@@ -200,10 +200,9 @@ class Checkpoints:
         self._pending = pending if background else None
         return pending
 
-    def _copies(self, key: str, stamps: Mapping[str, Stamp]) -> bytes:
-        files = {name: data for name in COPIED if (data := read_bytes(self._run / name)) is not None}
-        for name, log in self._logs.items():
-            files[log.path.name] = (read_bytes(log.path) or b"")[: stamps[name].size]
+    def _copies(self, key: str) -> bytes:
+        names = [*COPIED, *(log.path.name for log in self._logs.values())]
+        files = {name: data for name in names if (data := read_bytes(self._run / name)) is not None}
         return render_copies(key, files, self._shards.listed())
 
     def _finish(self, key: str, temp: Path, final: Path, stamps: Mapping[str, Stamp]) -> None:

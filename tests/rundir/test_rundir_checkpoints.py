@@ -269,16 +269,24 @@ def swap(a: Path, b: Path) -> None:
     aside.rename(b)
 
 
-@pytest.mark.parametrize("inner", ["", "state"])
-def test_folders_that_changed_places_are_noticed(run: RunDir, inner: str) -> None:
+@pytest.mark.parametrize(("inner", "state"), [("", True), ("", False), ("state", True)])
+def test_folders_that_changed_places_are_noticed(run: RunDir, inner: str, state: bool) -> None:
     for number in (1, 2):
-        run.checkpoints.commit(f"{number:04d}", writer(str(number)), {})
+        run.checkpoints.commit(f"{number:04d}", writer(str(number), state=state), {})
     path = run.path
     run.close()
     swap(path / "checkpoints" / "0001" / inner, path / "checkpoints" / "0002" / inner)
     assert len([finding for finding in verify(path) if finding.damage]) >= 2
     with RunDir.open(path) as again:
         assert again.checkpoints.newest() is None
+
+
+def test_the_optimizer_of_another_run_is_noticed(run: RunDir, tmp_path: Path) -> None:
+    run.checkpoints.commit("0001", writer("a"), {})
+    with RunDir.create(tmp_path / "other", config_source=b"", resolved={}, environment={}) as other:
+        other.checkpoints.commit("0001", writer("b"), {})
+        swap(run.path / "checkpoints" / "0001" / "state", other.path / "checkpoints" / "0001" / "state")
+    assert [finding.path for finding in verify(run.path)] == ["checkpoints/0001/state/MANIFEST.json"]
 
 
 def test_with_ledger_and_its_copy_damaged_the_checkpoint_before_is_taken(run: RunDir) -> None:
