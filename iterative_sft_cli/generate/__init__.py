@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory
 
 __all__ = ["Engine", "EngineOutOfMemory", "open_engine"]
@@ -18,13 +19,23 @@ def open_engine(
 ) -> Engine:
     """The engine that `section` (a `GenerateConfig`) names; nothing is served before its `begin`.
 
-    `loaded` is the trainer's live model, which only the embedded engine needs. Raises ConfigError for an unknown engine.
+    `loaded` is the trainer's live model, which `openai` and plug-ins can do without. Raises ConfigError for an engine that is
+    not there or does not take its arguments, PluginError for one whose import or start fails.
     """
-    if section.engine == "transformers":
-        from iterative_sft_cli.errors import ConfigError
-        from iterative_sft_cli.generate.embedded import EmbeddedEngine
+    if section.engine == "openai":
+        from iterative_sft_cli.generate.openai import OpenAIEngine
 
-        if loaded is None:
-            raise ConfigError("engine transformers needs a model", where="generate.engine")
-        return EmbeddedEngine(loaded, encoder=encoder, memory_gb=section.memory_gb)
-    raise NotImplementedError(section.engine)
+        return OpenAIEngine(section, encoder=encoder)
+    if section.engine not in ("transformers", "vllm"):
+        from iterative_sft_cli.generate.plugin import EngineContext, open_plugin
+
+        return open_plugin(section.engine, EngineContext(section, loaded, encoder, base_dir, run_dir, seed))
+    if loaded is None:
+        raise ConfigError(f"engine {section.engine} needs a model", where="generate.engine")
+    if section.engine == "vllm":
+        from iterative_sft_cli.generate.vllm import VllmEngine
+
+        return VllmEngine(section, loaded=loaded, encoder=encoder, run_dir=run_dir, base_dir=base_dir)
+    from iterative_sft_cli.generate.embedded import EmbeddedEngine
+
+    return EmbeddedEngine(loaded, encoder=encoder, memory_gb=section.memory_gb)
