@@ -162,7 +162,7 @@ def warm_up(stages: Stages, config: Any, point: ResumePoint, log: RoundLog) -> N
     """Supervised training on seed data before round 1 (checkpoint 0000); nothing without a `warmup` section."""
     if config.warmup is None:
         return
-    section = config.warmup_training()
+    section = config.warmup.training(config.train)
     passes = plan_passes(section, Gathered.of_seed_data(stages.warmup_rows), seed=config.seed, round_index=0)
     log("start", start_from="base", weights="base")
     train_round(stages, passes, stages.warmup_rows, round_index=0, keep_optimizer=False, done=point.step or 0, log=log)
