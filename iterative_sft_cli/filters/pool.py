@@ -32,6 +32,7 @@ class Task:
     subject: str
     count: int
     future: Future[list[Outcome]]
+    era: int = 0
     attempts: int = 0
     outcomes: list[Outcome] = field(default_factory=list)
 
@@ -48,6 +49,7 @@ class WorkerPool:
         self._workers: list[Worker] = []
         self._idle = 0
         self._closed = False
+        self._era = 0
         self._broken: IsftError | None = None
 
     def submit(self, frame: bytes, subject: str, count: int) -> Future[list[Outcome]]:
@@ -57,6 +59,7 @@ class WorkerPool:
             if self._broken is not None or self._closed:
                 task.future.set_exception(self._broken or self.error("was not asked", "the run is ending", ""))
                 return task.future
+            task.era = self._era
             self._tasks.append(task)
             if not self._idle and len(self._workers) < self.size:
                 worker = Worker(self, len(self._workers))
@@ -84,17 +87,24 @@ class WorkerPool:
                 self._idle -= 1
 
     def give_back(self, tasks: list[Task]) -> None:
-        """Put tasks that were sent ahead to a lost worker at the front of the queue."""
+        """Put tasks that were sent ahead to a lost worker at the front of the queue, unless they were given up since."""
+        refused = []
         with self._changed:
             for task in reversed(tasks):
                 task.attempts = task.attempts or -1
                 task.outcomes.clear()
-                self._tasks.appendleft(task)
+                if task.era < self._era:
+                    refused.append(task)
+                else:
+                    self._tasks.appendleft(task)
             self._changed.notify_all()
+        for task in refused:
+            task.future.set_exception(self.error("was not asked", "another sample failed before", ""))
 
     def failed(self, task: Task, cause: str, tail: str, explained: IsftError | None = None) -> None:
         """Apply `on_error` to a call that failed."""
-        if self.one.on_error == "retry" and task.attempts <= 0 and not self._closed:
+        current = task.era == self._era and not self._closed
+        if self.one.on_error == "retry" and task.attempts <= 0 and current:
             task.attempts, task.outcomes = 1, []
             with self._changed:
                 self._tasks.appendleft(task)
@@ -121,6 +131,8 @@ class WorkerPool:
 
     def cancel(self) -> None:
         """Give up every call, also those under way; the pool can be used again."""
+        with self._changed:
+            self._era += 1
         self._refuse_all(self.error("was not asked", "another sample failed before", ""))
         for worker in self._workers:
             worker.interrupt("another sample failed before")

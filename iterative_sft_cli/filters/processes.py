@@ -27,6 +27,19 @@ ALLOWED = (
 )
 """Environment variables that every worker gets; none of them holds a secret. Others are listed in a filter's `env`."""
 
+BOOT = """
+import importlib.util, sys
+place, memory = sys.argv[1:3]
+spec = importlib.util.spec_from_file_location("iterative_sft_cli", place + "/__init__.py", submodule_search_locations=[place])
+package = sys.modules["iterative_sft_cli"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from iterative_sft_cli.filters import processes
+processes.limit(memory)
+from iterative_sft_cli.filters.worker import main
+main()
+"""
+"""What a worker runs: this very package, whichever other copy may be installed, and no folder of ours on the search path."""
+
 _PAGE = os.sysconf("SC_PAGE_SIZE") if POSIX else 4096
 
 
@@ -45,15 +58,9 @@ def environment(passed: Sequence[str], *, device: str | None, threads: int | Non
 
 def start(env: Mapping[str, str], folder: Path, *, data_bytes: int | None) -> subprocess.Popen[bytes]:
     """A fresh interpreter running `filters.worker` in `folder`, with pipes on stdin, stdout and stderr."""
-    root = str(Path(__file__).resolve().parents[2])
-    # -P: the folder it starts in is not searched for modules; our own root comes last, so it hides nothing
-    code = (
-        "import sys; sys.path.append(sys.argv[1]); "
-        "from iterative_sft_cli.filters import processes; processes.limit(sys.argv[2]); "
-        "from iterative_sft_cli.filters.worker import main; main()"
-    )
+    package = str(Path(__file__).resolve().parents[1])
     return subprocess.Popen(
-        [sys.executable, "-P", "-X", "utf8", "-c", code, root, str(data_bytes or "")],
+        [sys.executable, "-P", "-X", "utf8", "-c", BOOT, package, str(data_bytes or "")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -92,17 +99,35 @@ def _lower(what: int, value: int) -> None:
 
 
 def end(process: subprocess.Popen[bytes], mark: str) -> None:
-    """Kill a worker, its session, and every process that carries its mark."""
+    """Kill a worker, its session, its descendants, and every process that carries its mark."""
+    # by parents too: a process has no environment for a moment while it starts another program
+    below = descendants(process.pid) if process.poll() is None else []
     if POSIX:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError, OSError):
         process.kill()
-    for pid in marked(mark):
+    for pid in {*below, *marked(mark)}:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below `pid` that still have their parents (Linux; elsewhere none)."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc") if LINUX else ():
+        if entry.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{entry}/stat", "rb") as file:
+                children.setdefault(int(file.read().rpartition(b")")[2].split()[1]), []).append(int(entry))
+    found: list[int] = []
+    waiting = [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
 
 
 def marked(mark: str) -> list[int]:

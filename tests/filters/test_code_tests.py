@@ -39,6 +39,7 @@ CASES = {
     "loop": ("def add(a, b):\n    while True: pass", "timeout", 0.0),
     "recursion": ("def add(a, b):\n    return add(a, b)", "code_error", 0.0),
     "memory": ("def add(a, b):\n    return len([0] * 10**9)", "memory", 0.0),
+    "object": ("class P: pass\ndef add(a, b):\n    return P()", "not_plain_data", 0.0),
     "lambda": ("add = lambda a, b: a + b", None, 1.0),
 }
 

@@ -185,6 +185,18 @@ def test_a_damaged_or_foreign_index_is_made_again(judge: Judge, tmp_path: Any) -
     assert kept(judge, texts, options={**options, "accepted_earlier": other}, **arguments) == [True, True]
 
 
+def test_every_flipped_byte_of_an_index_is_noticed(tmp_path: Any) -> None:
+    made = Signatures()
+    made.add_all(("", TEXT.format(i, i, i)) for i in range(3))
+    file = tmp_path / "x.index"
+    made.save(file)
+    whole = file.read_bytes()
+    assert Signatures.load(file).keys().tolist() == made.keys().tolist()
+    for at in range(len(whole)):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert Signatures.load(file).count == 0, at
+
+
 def test_what_cannot_work_is_refused(judge: Judge) -> None:
     for wrong in (
         {"similarity": 0.9},

@@ -275,7 +275,7 @@ def test_an_alarm_does_not_reach_the_next_call(make_sample: Callable[..., Sample
 @pytest.mark.parametrize("name", ["leaves_process", "leaves_fork"])
 def test_processes_left_behind_end_with_the_worker(name: str, make_sample: Callable[..., Sample]) -> None:
     pid = run(plugin(name), [make_sample()])[0].extra["pid"]
-    for _ in range(50):
+    for _ in range(250):
         try:
             os.kill(pid, 0)
             if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
@@ -303,6 +303,30 @@ def test_a_failure_does_not_wait_for_hung_calls(make_sample: Callable[..., Sampl
     with pytest.raises(PluginError, match="took longer than 0.3 s"):
         run(plugin("hangs_asleep", timeout_s=0.3, workers=2), many)
     assert time.monotonic() - start < 5
+
+
+def test_after_a_failure_a_shared_runtime_is_free_again(make_sample: Callable[..., Sample]) -> None:
+    many = [make_sample("BAD", i=i, prompt=f"p{i}") for i in range(100)]
+    with Runtime() as runtime:
+        with pytest.raises(PluginError, match="took longer than 0.3 s"):
+            run(plugin("hangs_asleep", timeout_s=0.3, workers=2), many, runtime=runtime)
+        start = time.monotonic()
+        good = [make_sample("good", i=i) for i in range(4)]
+        assert all(one.keep for one in run(plugin("hangs_asleep", timeout_s=0.3, workers=2), good, runtime=runtime))
+        assert time.monotonic() - start < 3
+
+
+def test_a_worker_runs_this_copy_of_the_package(make_sample: Callable[..., Sample], tmp_path: Path) -> None:
+    import iterative_sft_cli
+
+    (tmp_path / "where.py").write_text(
+        "import sys, iterative_sft_cli\nfrom iterative_sft_cli.types import Verdict\n"
+        "def where(sample):\n    return Verdict(True, extra={'file': iterative_sft_cli.__file__, 'path': sys.path})\n"
+    )
+    (tmp_path / "iterative_sft_cli").mkdir()
+    (tmp_path / "iterative_sft_cli" / "__init__.py").write_text("raise RuntimeError('another copy')")
+    extra = run(plugin("raises", location=Location("where", path=str(tmp_path / "where.py"))), [make_sample()])[0].extra
+    assert extra["file"] == iterative_sft_cli.__file__
 
 
 def test_a_round_of_many_verdicts_comes_in_parts(make_sample: Callable[..., Sample]) -> None:

@@ -51,14 +51,22 @@ class Server:
                     else {"error": {"message": content}}
                 ).encode()
                 self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", server.url + "/elsewhere")
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
 
+            def do_GET(self) -> None:
+                server.followed.append(self.headers.get("Authorization"))
+                self.send_response(200)
+                self.end_headers()
+
             def log_message(self, *args: Any) -> None:
                 return
 
+        self.followed: list[str | None] = []
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
@@ -140,6 +148,7 @@ def test_a_server_that_refuses_is_no_samples_fault(judge: Judge, server: Server,
     for on_error in ("fail", "drop"):
         with pytest.raises(DataError, match=message):
             judge([new_sample("x")], entry(server, on_error=on_error, retry_s=0.2))
+    assert not server.followed
 
 
 def test_nobody_there(judge: Judge) -> None:

@@ -174,6 +174,11 @@ def test_scores_do_not_depend_on_the_batch(judge: Judge, models: Path) -> None:
     by_one = scores(judge, models, {"reward_model": {"path": "reward", "batch_size": 1}})
     by_four = scores(judge, models, {"reward_model": {"path": "reward", "batch_size": 4}})
     assert by_one == pytest.approx(by_four, abs=1e-4)
+    alone = scores(judge, models, {"embedding_similarity": {"path": "encoder", "batch_size": 1}}, answer="four")
+    together = scores(judge, models, {"embedding_similarity": {"path": "encoder", "batch_size": 8}}, answer="four")
+    assert alone == pytest.approx(together, abs=1e-5)
+    alone = scores(judge, models, {"perplexity": {"path": "causal", "batch_size": 1}})
+    assert alone == pytest.approx(scores(judge, models, {"perplexity": {"path": "causal", "batch_size": 8}}), rel=1e-4)
 
 
 def test_chat_prompts_are_shown_as_they_are(judge: Judge, models: Path) -> None:
