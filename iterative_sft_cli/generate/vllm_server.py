@@ -25,7 +25,8 @@ GUARD = """
 import os, signal, subprocess, sys, threading
 child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
 def watch():
-    sys.stdin.buffer.read()
+    while os.read(0, 1):
+        pass
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(child.pid, number)
@@ -40,7 +41,7 @@ try:
     os.killpg(child.pid, signal.SIGKILL)
 except ProcessLookupError:
     pass
-sys.exit(code if code >= 0 else 128 - code)
+os._exit(code if code >= 0 else 128 - code)
 """
 """Runs the server in a session of its own and ends all of it when standard input closes."""
 

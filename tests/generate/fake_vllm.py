@@ -1,0 +1,183 @@
+"""A stand-in for `vllm serve` with the standard library: a unigram "model" whose one weight lies in FOLDER/w.json.
+
+    python fake_vllm.py serve FOLDER --port N [--fault NAME] ...
+
+Faults: `never_healthy`, `exit` (at once), `die_after=N` (kills itself at the N-th completion, once per FOLDER), `deaf`
+(reload_weights does nothing), `hang_after=N` (stops answering in mid-stream, once). Within a test it runs as a thread.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+VOCAB = 50
+EOS = 2
+
+
+def logprob(weight: float, token: int) -> float:
+    total = sum(math.exp(weight * (t % 7)) for t in range(VOCAB))
+    return weight * (token % 7) - math.log(total)
+
+
+def completion_of(prompt: list[int], seed: int, limit: int) -> tuple[list[int], str]:
+    """What the fake generates: a pure function of prompt and seed, so that a request asked twice gets the same answer."""
+    length = seed % 9 + 1
+    ids = [(sum(prompt) + seed + i) % 40 + 5 for i in range(length - 1)] + [EOS]
+    return (ids, "stop") if length <= limit else (ids[:limit], "length")
+
+
+class FakeServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, folder: Path, *, port: int = 0, fault: str = "") -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.folder = folder
+        self.weight = read_weight(folder)
+        self.adapters: dict[str, float] = {}
+        self.fault, _, number = fault.partition("=")
+        self.number = int(number or 0)
+        self.completions = 0
+        self.answers: list[tuple[int, dict[str, str]]] = []
+        self.requests: list[tuple[str, Any]] = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def start(self) -> FakeServer:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+
+def read_weight(folder: Path) -> float:
+    return float(json.loads((folder / "w.json").read_text())["w"])
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
+
+    def answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        server = self.server
+        if self.path == "/health":
+            self.answer(503 if server.fault == "never_healthy" else 200, {})
+        elif self.path == "/v1/models":
+            self.answer(200, {"data": [{"id": "their-model"}]})
+        else:
+            self.answer(404, {})
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"null")
+        with server.lock:
+            server.requests.append((self.path, body))
+            scripted = server.answers.pop(0) if server.answers and "completions" in self.path else None
+        if scripted is not None:
+            self.answer(scripted[0], {"error": "scripted"}, scripted[1])
+        elif self.path == "/collective_rpc":
+            if server.fault != "deaf":
+                server.weight = read_weight(Path(body["kwargs"]["weights_path"]))
+            self.answer(200, {})
+        elif self.path == "/v1/load_lora_adapter":
+            server.adapters[body["lora_name"]] = read_weight(Path(body["lora_path"]))
+            self.answer(200, {})
+        elif self.path == "/v1/unload_lora_adapter":
+            server.adapters.pop(body["lora_name"])
+            self.answer(200, {})
+        elif self.path.startswith(("/sleep", "/wake_up", "/reset_prefix_cache")):
+            self.answer(200, {})
+        elif self.path == "/v1/completions":
+            self.complete(body)
+        elif self.path == "/v1/chat/completions":
+            self.chat(body)
+        else:
+            self.answer(404, {})
+
+    def complete(self, body: dict[str, Any]) -> None:
+        server = self.server
+        weight = server.adapters.get(body["model"], server.weight)
+        if "prompt_logprobs" in body:
+            choices = [
+                {"prompt_logprobs": [None, *({str(t): {"logprob": logprob(weight, t)}} for t in row[1:])]}
+                for row in body["prompt"]
+            ]
+            self.answer(200, {"choices": choices})
+            return
+        with server.lock:
+            server.completions += 1
+            number = server.completions
+        once = server.folder / f"{server.fault}.done"
+        if server.fault == "die_after" and number >= server.number and not once.exists():
+            once.touch()
+            os._exit(1)
+        ids, reason = completion_of(body["prompt"], body["seed"], body["max_tokens"])
+        if body["stop"] and reason == "stop" and len(ids) > 3:
+            ids, stop_reason = ids[:3], body["stop"][0]
+        else:
+            stop_reason = None
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        step = body["stream_interval"]
+        for at in range(0, len(ids), step):
+            part = ids[at : at + step]
+            choice: dict[str, Any] = {
+                "token_ids": part,
+                "logprobs": {"token_logprobs": [logprob(weight, t) for t in part]},
+            }
+            if at + step >= len(ids):
+                choice |= {"finish_reason": reason, "stop_reason": stop_reason}
+            if server.fault == "hang_after" and number == server.number:
+                time.sleep(5)
+                return
+            if server.fault == "break_after" and number == server.number:
+                return
+            self.wfile.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+            self.wfile.flush()
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def chat(self, body: dict[str, Any]) -> None:
+        text = f"answer {body['seed'] % 100} to {body['messages'][-1]['content']}"
+        choice: dict[str, Any] = {"message": {"content": text}, "finish_reason": "stop"}
+        if body.get("stop"):
+            choice["stop_reason"] = body["stop"][0]
+        if body["max_tokens"] < 4:
+            choice["finish_reason"] = "length"
+        if body.get("logprobs"):
+            choice["logprobs"] = {"content": [{"logprob": -0.5}, {"logprob": -1.5}]}
+        usage = {"prompt_tokens": 7, "completion_tokens": 4, "cost": 0.25}
+        self.answer(200, {"choices": [choice], "usage": usage})
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    options = dict(zip(arguments[2::2], arguments[3::2], strict=False))
+    fault = options.get("--fault", "")
+    print("fake vllm", *arguments, flush=True)
+    if fault == "exit":
+        sys.exit("no such architecture")
+    FakeServer(Path(arguments[1]), port=int(options["--port"]), fault=fault).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
