@@ -142,6 +142,7 @@ class Shard:
         # a row that was sent back has its next token already
         fresh = [i for i in range(len(prompt_of_row)) if not self.rows[start + i].ids]
         self._draw([start + i for i in fresh], features, [prompt_of_row[i] for i in fresh])
+        self._beat(len(fresh))
         yield from self._retire([start + i for i in fresh])
 
     def _row(self, request: Request, k: int) -> Row:
@@ -155,9 +156,12 @@ class Shard:
         features = self.decoder.decode([row.ids[-1] for row in self.rows])
         everyone = list(range(len(self.rows)))
         self._draw(everyone, features, everyone)
-        if self.heartbeat is not None:
-            self.heartbeat(len(everyone))
+        self._beat(len(everyone))
         yield from self._retire(everyone)
+
+    def _beat(self, num_tokens: int) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat(num_tokens)
 
     def _make_room(self) -> None:
         """Before a new block of the cache is opened: send the youngest rows back to the queue while it would not fit."""
