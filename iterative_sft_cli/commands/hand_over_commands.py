@@ -1,4 +1,4 @@
-"""`isft refilter` and `report`: what is made of a finished run, without generating again."""
+"""`isft refilter`, `report` and `export`: what is made of a finished run, without generating again."""
 
 from __future__ import annotations
 
@@ -99,4 +99,47 @@ def report(
     size = write_report(Run.open(run), target)
     echo(str(target))
     say(f"{size / 1000:,.0f} kB")
+    return 0
+
+
+@app.command()
+def export(
+    run: RunPath,
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORM", help="hf, vllm, adapter, ollama, gguf, sft-jsonl, dpo-jsonl or hub.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to; RUN/export/FORM by default.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="KEY", help="best, last, or a checkpoint such as 0002; the best by default.")
+    ] = None,
+    round_: Annotated[
+        list[int] | None, typer.Option("--round", metavar="N", help="Rounds whose samples to export; all by default.")
+    ] = None,
+    repo: Annotated[str | None, typer.Option(metavar="USER/NAME", help="The repository, for --to hub.")] = None,
+    push: Annotated[
+        bool, typer.Option("--push", help="Upload, for --to hub; without it only what would be is printed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Hand RUN over: a model folder, an adapter, a Modelfile, a GGUF file, or its samples as training data."""
+    from iterative_sft_cli.report.export import export as do_export
+    from iterative_sft_cli.report.reader import Run
+    from iterative_sft_cli.report.screen import say
+
+    made = do_export(Run.open(run), to, out=out, checkpoint=checkpoint, rounds=round_, repo=repo, push=push)
+    if as_json:
+        print_json(made)
+        return 0
+    if made["out"]:
+        echo(made["out"])
+    for name, size in made.get("files", {}).items():
+        echo(f"{size:>14,}  {name}")
+    facts = ("rows", "checkpoint", "architecture", "dtype", "eos_token_id", "bytes")
+    say(", ".join(f"{name} {made[name]}" for name in facts if made.get(name) is not None))
+    if made.get("files") and not made["pushed"]:
+        say("nothing was uploaded")
+    if made["next"]:
+        say(f"next: {made['next']}")
     return 0
