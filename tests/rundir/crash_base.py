@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,13 +88,24 @@ def empty(path: Path) -> Path:
     return path
 
 
-def finish(run: Path, gold: dict[str, str]) -> str | None:
+@dataclass(frozen=True)
+class Subject:
+    """What is put to the test: `train(run)` begins, goes on or finds finished; `contents(run)` is what must not differ."""
+
+    train: Callable[[Path], object] = toy_loop.train
+    contents: Callable[[Path], dict[str, str]] = toy_loop.contents
+
+
+TOY = Subject()
+
+
+def finish(run: Path, gold: dict[str, str], subject: Subject = TOY) -> str | None:
     """Start once more, to the end; what is wrong then, None when nothing is."""
     try:
-        toy_loop.train(run)
+        subject.train(run)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
         return f"the next start failed: {type(error).__name__}: {error}"
-    found = toy_loop.contents(run)
+    found = subject.contents(run)
     if found != gold:
         return f"other bytes in {sorted(name for name in found | gold if found.get(name) != gold.get(name))[:4]}"
     view = peek(run)

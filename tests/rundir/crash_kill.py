@@ -7,52 +7,53 @@ import gc
 import random
 from pathlib import Path
 
-import toy_loop
-from crash_base import CountOps, FailAt, KillAt, Killed, Tally, empty, finish, hooked
+from crash_base import TOY, CountOps, FailAt, KillAt, Killed, Subject, Tally, empty, finish, hooked
 
 from iterative_sft_cli.errors import StorageError
 
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES")
 
 
-def count_ops(root: Path) -> tuple[int, dict[str, str]]:
+def count_ops(root: Path, subject: Subject) -> tuple[int, dict[str, str]]:
     counter = CountOps()
     with hooked(counter):
-        toy_loop.train(root / "run")
-    return len(counter.kinds), toy_loop.contents(root / "run")
+        subject.train(root / "run")
+    return len(counter.kinds), subject.contents(root / "run")
 
 
-def killed(run: Path, at: int) -> bool:
+def killed(run: Path, at: int, subject: Subject) -> bool:
     """Run until operation `at`; whether it was reached."""
     try:
         with hooked(KillAt(at)):
-            toy_loop.train(run)
+            subject.train(run)
     except Killed:
         gc.collect()
         return True
     return False
 
 
-def kill_every_op(root: Path, *, every: int = 1, kills: int = 1, seed: int = 0) -> Tally:
+def kill_every_op(root: Path, *, every: int = 1, kills: int = 1, seed: int = 0, subject: Subject = TOY) -> Tally:
     """Kill at each operation that changes the disk (and again at random ones, in recovery too), then go on: the same bytes."""
     rng = random.Random(seed)
-    total, gold = count_ops(empty(root))
+    total, gold = count_ops(empty(root), subject)
     tally = Tally()
     for at in range(seed % every, total, every):
         run = empty(root) / "run"
-        killed(run, at)
+        killed(run, at, subject)
         for _ in range(kills - 1):
-            killed(run, rng.randrange(total // 2))
-        problem = finish(run, gold)
+            killed(run, rng.randrange(total // 2), subject)
+        problem = finish(run, gold, subject)
         tally.trials += 1
         if problem is not None:
             tally.fail(f"kill at {at}: {problem}")
     return tally
 
 
-def fail_every_op(root: Path, *, every: int = 1, codes: tuple[str, ...] = ERRORS, seed: int = 0) -> Tally:
+def fail_every_op(
+    root: Path, *, every: int = 1, codes: tuple[str, ...] = ERRORS, seed: int = 0, subject: Subject = TOY
+) -> Tally:
     """Each operation refused once with each error: exit 4 naming a path (and the bytes needed when the disk is full), then the same bytes."""
-    total, gold = count_ops(empty(root))
+    total, gold = count_ops(empty(root), subject)
     tally = Tally()
     for index, (code, at) in enumerate((code, at) for code in codes for at in range(total)):
         if index % every != seed % every:
@@ -63,7 +64,7 @@ def fail_every_op(root: Path, *, every: int = 1, codes: tuple[str, ...] = ERRORS
         told = ""
         try:
             with hooked(hook):
-                toy_loop.train(run)
+                subject.train(run)
         except StorageError as error:
             told = error.render()
         except Exception as error:  # noqa: BLE001 - anything else is the finding
@@ -74,7 +75,7 @@ def fail_every_op(root: Path, *, every: int = 1, codes: tuple[str, ...] = ERRORS
             full = code in ("ENOSPC", "EDQUOT") and hook.met is not None and hook.met.kind == "write"
             if str(root) not in told or (full and "bytes needed" not in told):
                 tally.fail(f"{code} at {at} ({hook.met}): it said {told!r}")
-        problem = finish(run, gold)
+        problem = finish(run, gold, subject)
         if problem is not None:
             tally.fail(f"{code} at {at} ({hook.met.kind} {hook.met.path.name}): {problem}")
     return tally

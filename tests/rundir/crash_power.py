@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import toy_loop
-from crash_base import KillAt, Killed, Tally, empty, finish, hooked
+from crash_base import TOY, KillAt, Killed, Subject, Tally, empty, finish, hooked
 from disk_model import Disk, Entry, Recorder, State
 
 from iterative_sft_cli.errors import DataError
@@ -47,15 +47,15 @@ def say(run: Path, what: str) -> None:
         fs.hook(fs.Op("ack", run, what))
 
 
-def record(root: Path) -> tuple[list[Entry], dict[str, str]]:
-    """The log of `phases` in the empty folder `root`, and what the run holds in the end."""
+def record(root: Path, subject: Subject = TOY) -> tuple[list[Entry], dict[str, str]]:
+    """The log of a whole run (the toy's: of `phases`) in the empty folder `root`, and what it holds in the end."""
     recorder = Recorder(root)
     with hooked(recorder):
-        phases(root / "run")
-    return recorder.log, toy_loop.contents(root / "run")
+        (phases if subject is TOY else subject.train)(root / "run")
+    return recorder.log, subject.contents(root / "run")
 
 
-def check_state(state: State, root: Path, gold: dict[str, str]) -> str | None:
+def check_state(state: State, root: Path, gold: dict[str, str], subject: Subject = TOY) -> str | None:
     """Start from a state that a power cut left; what is wrong, None when every promise holds."""
     state.build(empty(root))
     run = root / "run"
@@ -69,7 +69,7 @@ def check_state(state: State, root: Path, gold: dict[str, str]) -> str | None:
         if bad:
             return f"a power cut looks like damage: {bad[:2]}"
     problem = lost_promise(state, run, view is not None and view.finished)
-    return problem or finish(run, gold)
+    return problem or finish(run, gold, subject)
 
 
 def lost_promise(state: State, run: Path, finished: bool) -> str | None:
@@ -121,15 +121,17 @@ def power_states(
                 yield state
 
 
-def power_loss(root: Path, *, limit: int | None, every: int = 1, num_random: int = 4, seed: int = 0) -> Tally:
+def power_loss(
+    root: Path, *, limit: int | None, every: int = 1, num_random: int = 4, seed: int = 0, subject: Subject = TOY
+) -> Tally:
     """Cut the power in every legal way, start again: nothing wrong, nothing lost that was reported saved."""
-    log, gold = record(empty(root))
+    log, gold = record(empty(root), subject)
     tally = Tally()
     for state in power_states(log, every=every, num_random=num_random, seed=seed):
         if limit is not None and tally.trials >= limit:
             break
         tally.trials += 1
-        problem = check_state(state, root, gold)
+        problem = check_state(state, root, gold, subject)
         if problem is not None:
             tally.fail(f"power cut at {state.at}: {problem}")
     return tally
