@@ -193,6 +193,9 @@ class Worker:
         """Work off `first` and what can be sent ahead behind it."""
         held: deque[Task] = deque([first])
         try:
+            if self._link is not None and self._link.process.poll() is not None:
+                # it ended between two calls, which is no sample's fault
+                self._discard()
             link = self._link or self._start()
             link.watch(self.pool.one.timeout_s)
             link.write(first.frame)

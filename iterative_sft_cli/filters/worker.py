@@ -100,8 +100,7 @@ class Surroundings:
             locale.setlocale(locale.LC_ALL, self._locale)
         sys.stdin, sys.stdout, sys.stderr = self._streams
         sys.setrecursionlimit(self._recursion)
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)
+        self.disarm()
         if self.forks is not None:
             self.forks[:8] = bytes(8)
         random.seed(seed)
@@ -112,6 +111,11 @@ class Surroundings:
         if torch is not None:
             with contextlib.suppress(Exception):
                 torch.manual_seed(seed)
+
+    def disarm(self) -> None:
+        """No alarm of a call goes off after it."""
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
 
     def count_forks(self, private: Sequence[int]) -> None:
         """End the whole group at the 65th fork of a call; give forked children none of our own pipes."""
@@ -178,6 +182,7 @@ def main() -> None:
             )
         surroundings.restore(derive_seed(request["seed"], "worker", request["filter"], request["subject"]))
         message = answer(call, request, context)
+        surroundings.disarm()
         for start_at in range(0, max(0, len(message.get("outcomes", ())) - PART), PART):
             reply({"id": message["id"], "part": message["outcomes"][start_at : start_at + PART]})
         if "outcomes" in message:

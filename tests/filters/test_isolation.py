@@ -270,6 +270,16 @@ def test_an_alarm_does_not_reach_the_next_call(make_sample: Callable[..., Sample
     with Runtime() as runtime:
         for i in range(3):
             assert run(plugin("sets_alarm"), [make_sample(i=i)], runtime=runtime)[0].keep is True
+            [pool] = runtime._pools.values()
+            time.sleep(0.3)
+            assert pool._workers[0]._link.process.poll() is None
+
+
+def test_a_worker_that_ends_between_calls_is_replaced(make_sample: Callable[..., Sample]) -> None:
+    with Runtime() as runtime:
+        for i in range(3):
+            assert run(plugin("ends_later"), [make_sample(i=i)], runtime=runtime)[0].keep is True
+            time.sleep(0.4)
 
 
 @pytest.mark.parametrize("name", ["leaves_process", "leaves_fork"])
