@@ -11,7 +11,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def run_experiment(
         say_last_lines(view, path, loaded)
         return Outcome(EXIT_OK, "complete", path, after)
     check_trackers(loaded.config.tracking)
-    prompts, eval_prompts = read_prompts(loaded)
+    prompts, eval_prompts = read_prompts(loaded, view)
     last_code = found.outcome.get("code") if found is not None and found.outcome else None
     run, drift = open_run(path, loaded, found, allow_change)
     with StopRequests(command) as stop, run:
@@ -134,19 +134,28 @@ def limited(loaded: LoadedConfig, limit: int) -> LoadedConfig:
     return loaded.with_overrides(overrides)
 
 
-def read_prompts(loaded: LoadedConfig) -> tuple[PromptSet, PromptSet | None]:
-    """Training and eval prompts; raises DataError when an eval prompt is also trained on."""
+def read_prompts(loaded: LoadedConfig, view: Console) -> tuple[PromptSet, PromptSet | None]:
+    """Training and eval prompts, disjoint by content.
+
+    Generated tasks can meet by chance: an eval prompt is then left out of training. In files it is a mistake: DataError.
+    """
     config = loaded.config
     prompts = load_prompts(config.prompts, base_dir=loaded.base_dir)
     if config.eval is None:
         return prompts, None
     held_out = load_prompts(config.eval, base_dir=loaded.base_dir, inherit=config.prompts)
-    trained = {content_key(prompt): prompt.prompt_id for prompt in prompts.prompts}
-    shared = [(trained[content_key(p)], p.prompt_id) for p in held_out.prompts if content_key(p) in trained]
+    evaluated = {content_key(prompt): prompt.prompt_id for prompt in held_out.prompts}
+    shared = [prompt for prompt in prompts.prompts if content_key(prompt) in evaluated]
+    if shared and config.prompts.reasoning_gym is not None:
+        view.note(f"{len(shared)} of {len(prompts.prompts)} prompts are also eval prompts: they are not trained on")
+        left = [prompt for prompt in prompts.prompts if content_key(prompt) not in evaluated]
+        if not left:
+            raise DataError("every prompt is also an eval prompt", where="eval", hint="make the tasks less alike")
+        return replace(prompts, prompts=left), held_out
     if shared:
-        examples = ", ".join(f"eval {b} = prompt {a}" for a, b in shared[:3])
+        examples = ", ".join(f"eval {evaluated[content_key(p)]} = prompt {p.prompt_id}" for p in shared[:3])
         raise DataError(
-            f"{len(shared)} of {len(held_out.prompts)} eval prompts are also trained on ({safe_text(examples)})",
+            f"{len(shared)} of {len(prompts.prompts)} prompts are also eval prompts ({safe_text(examples)})",
             where="eval",
             hint="take them out of one of the two files: a figure on trained prompts says nothing",
         )

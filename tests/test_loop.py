@@ -243,7 +243,7 @@ def test_an_eval_prompt_that_is_trained_on_is_refused(toy, tmp_path):
     config = toy()
     with open(tmp_path / "dev.jsonl", "a") as file:
         file.write('{"question": "0+0", "answer": "0"}\n')
-    with pytest.raises(DataError, match="also trained on"):
+    with pytest.raises(DataError, match="also eval prompts"):
         run(config)
 
 
