@@ -5,3 +5,4 @@ from iterative_sft_cli.commands import config_commands  # noqa: F401  isort: ski
 from iterative_sft_cli.commands import read_commands  # noqa: F401  isort: skip
 from iterative_sft_cli.commands import hand_over_commands  # noqa: F401  isort: skip
 from iterative_sft_cli.commands import filter_commands  # noqa: F401  isort: skip
+from iterative_sft_cli.commands import model_commands  # noqa: F401  isort: skip
