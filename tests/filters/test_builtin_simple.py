@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import make_entries, new_sample
+from filter_samples import make_entries, new_sample
 
 from iterative_sft_cli.errors import ConfigError, DataError, PluginError
 from iterative_sft_cli.filters import Judged, resolve_filters
@@ -273,6 +273,29 @@ def test_drop_solved(judge: Judge) -> None:
     ]
     with pytest.raises(ConfigError):
         judge([], score, {"drop_solved": {"by": "numeric_answer", "at_least": 0.2, "at_most": 0.5}})
+
+
+def test_balance(judge: Judge) -> None:
+    samples = [
+        new_sample("x", i=i, prompt=f"p{i}", row={"level": 1 if i < 10 else 2 if i < 15 else 3}) for i in range(18)
+    ]
+
+    def per_level(**arguments: Any) -> list[int]:
+        kept = [one.kept for one in judge(samples, {"balance": arguments})]
+        return [sum(kept[:10]), sum(kept[10:15]), sum(kept[15:])]
+
+    assert per_level(ratio=1.0) == [3, 3, 3]
+    assert per_level(ratio=1.5) == [5, 5, 3]
+    assert per_level(max_per_level=4) == [4, 4, 3]
+    assert per_level(ratio=2.0, max_per_level=4) == [4, 4, 3]
+    assert [outcome(one) for one in judge(samples, {"balance": 1})] == [
+        outcome(one) for one in judge(samples, {"balance": 1})
+    ]
+    with pytest.raises(DataError, match="no column `depth`"):
+        per_level(ratio=1.0, level="depth")
+    for wrong in ({}, {"ratio": 0.5}, {"max_per_level": 0}):
+        with pytest.raises(ConfigError):
+            judge([], {"balance": wrong} if wrong else "balance")
 
 
 def test_majority(judge: Judge) -> None:

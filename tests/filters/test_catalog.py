@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_entries, new_sample
+from filter_samples import make_entries, new_sample
 
 from iterative_sft_cli.errors import ConfigError, DataError, PluginError
 from iterative_sft_cli.filters import Judged, resolve_filters
@@ -118,7 +118,7 @@ def test_a_grader_with_a_key_gets_it_and_nothing_else(
             return
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/grade"
     monkeypatch.setenv("GRADER_KEY", "key-of-the-grader")
     samples = [new_sample(text, i=i) for i, text in enumerate(["good", "bad"])]

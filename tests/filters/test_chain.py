@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_entries, new_sample
+from filter_samples import make_entries, new_sample
 
 from iterative_sft_cli.errors import ConfigError, DataError, PluginError
 from iterative_sft_cli.filters import FilterChain, Judged, Runtime, funnel, resolve_filters
@@ -127,7 +127,7 @@ def test_scores_reach_later_filters_under_the_given_name(judge: Judge, plugins: 
 
 def test_verdicts_do_not_depend_on_when_samples_come(plugins: Path) -> None:
     samples = [new_sample("x" * i, i=i, prompt=f"p{i // 5}") for i in range(40)]
-    forms = ["p.py:slow_echo", {"p.py:draw": {}}, "p.py:near_first", {"p.py:slow_echo": 0.002}, {"max_per_prompt": 1}]
+    forms = ["p.py:slow_echo", {"p.py:draw": {}}, "p.py:near_first", {"p.py:slow_echo": 0.001}, {"max_per_prompt": 1}]
     filters = resolve_filters(make_entries(*forms), base_dir=plugins)
     results = []
     for order in range(3):
@@ -222,6 +222,22 @@ def test_one_runtime_serves_many_chains(plugins: Path) -> None:
                 assert judged[0].says[0].extra == {"setups": 1}
         assert len(runtime._pools) == 1
     assert not runtime._pools
+
+
+def test_a_plugin_with_a_device_waits_and_leaves(plugins: Path) -> None:
+    entry = {"use": "p.py:Loaded", "args": {"word": "x"}, "device": "cuda"}
+    filters = resolve_filters(make_entries("nonempty", entry), base_dir=plugins)
+    with Runtime() as runtime:
+        with FilterChain(filters, seed=0, round_index=1, runtime=runtime) as chain:
+            assert chain.needs_device
+            shard = chain.open_shard()
+            sample = new_sample("x")
+            shard.submit(sample)
+            [pool] = runtime._pools.values()
+            assert (pool.size, pool._workers) == (1, [])
+            assert shard.finish([sample])[0].kept
+            assert pool._workers[0]._link is not None
+        assert not runtime._pools and pool._workers[0]._link is None
 
 
 def test_waves_see_earlier_samples_of_a_prompt(tmp_path: Path) -> None:

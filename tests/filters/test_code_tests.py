@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import make_entries, new_sample
+from filter_samples import make_entries, new_sample
 
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.filters import Judged, resolve_filters
@@ -48,7 +48,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_reasons(judge: Judge, name: str, sandbox: str) -> None:
     code, reason, score = CASES[name]
-    said = says(judge, code, sandbox=sandbox)
+    said = says(judge, code, sandbox=sandbox, seconds=0.5 if name == "loop" else 2.0)
     assert (said.keep, said.reason, said.score) == (reason is None, reason, score)
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import new_sample
+from filter_samples import new_sample
 
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.filters import Judged

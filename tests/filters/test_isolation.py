@@ -355,7 +355,7 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path: Path) -> None:
         f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parents[1])!r}]\n"
         "import threading, time\n"
         "from test_isolation import plugin\n"
-        "from conftest import new_sample as make_sample\n"
+        "from filter_samples import new_sample as make_sample\n"
         "from iterative_sft_cli.filters import FilterChain\n"
         "chain = FilterChain([plugin('hangs_asleep')], seed=0, round_index=1)\n"
         "shard = chain.open_shard(); shard.submit(make_sample('BAD'))\n"

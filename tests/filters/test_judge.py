@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import new_sample
+from filter_samples import new_sample
 
 from iterative_sft_cli.errors import ConfigError, DataError, PluginError
 from iterative_sft_cli.filters import Judged
@@ -69,7 +69,7 @@ class Server:
         self.followed: list[str | None] = []
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import new_sample
+from filter_samples import new_sample
 
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.filters import Judged
@@ -125,8 +125,10 @@ def test_language(judge: Judge) -> None:
 
 def test_gold_and_output_are_read_alike(judge: Judge) -> None:
     pytest.importorskip("math_verify")
-    for answer in (r"\boxed{72}", "72", 72, "#### 72", r"$72$"):
-        assert judge([new_sample("72", answer)], {"use": "math_verify", "workers": 1})[0].kept, answer
+    answers = [r"\boxed{72}", "72", 72, "#### 72", r"$72$"]
+    samples = [new_sample("72", answer, i=i, prompt=f"p{i}") for i, answer in enumerate(answers)]
+    judged = judge(samples, {"use": "math_verify", "workers": 1})
+    assert [one.kept for one in judged] == [True] * 5
 
 
 def test_long_form_keys_act_on_math_verify(judge: Judge) -> Any:

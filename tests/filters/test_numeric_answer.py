@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
-from conftest import new_sample
+from filter_samples import new_sample
 from hypothesis import given
 from hypothesis import strategies as st
 

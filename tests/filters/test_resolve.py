@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_entries
+from filter_samples import make_entries
 
 from iterative_sft_cli.config import Schedule
 from iterative_sft_cli.errors import ConfigError, PluginError

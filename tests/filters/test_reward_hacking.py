@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import new_sample
+from filter_samples import new_sample
 
 from iterative_sft_cli.filters import Judged
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_entries, new_sample
+from filter_samples import make_entries, new_sample
 
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.filters import FilterChain, Judged, resolve_filters

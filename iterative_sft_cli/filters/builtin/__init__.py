@@ -11,6 +11,7 @@ from typing import Any
 from iterative_sft_cli.filters.builtin.spec import BuiltIn
 
 NAMES: tuple[str, ...] = (
+    "balance",
     "best_of_n",
     "code_tests",
     "contains",
