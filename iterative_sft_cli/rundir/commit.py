@@ -215,6 +215,7 @@ class Checkpoints:
         self._fs.sync_dir(self._folder, "checkpoint.parent")
         self._fs.acknowledge(final, f"checkpoint {key}")
         state = json.loads(read_bytes(final / STATE) or b"{}")
+        self._shards.last_committed = layout.last_committed(key)
         self._newest = Checkpoint(key, final, state, manifest["state"] is not None, True, manifest)
         self._prune()
 

@@ -48,6 +48,14 @@ def is_partial(key: str) -> bool:
     return parse_key(key)[1] != WHOLE_ROUND
 
 
+def last_committed(key: str | None) -> int:
+    """The last round that is over when `key` is the newest checkpoint; -1 when none is."""
+    if key is None:
+        return -1
+    number, step = parse_key(key)
+    return number if step == WHOLE_ROUND else number - 1
+
+
 def checkpoint_keys(run: Path) -> list[str]:
     """The keys of the checkpoints in `run`, oldest first, whether they are healthy or not."""
     return sorted((name for name in list_names(run / CHECKPOINTS) if _KEY.fullmatch(name)), key=parse_key)

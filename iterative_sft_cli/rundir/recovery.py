@@ -12,10 +12,11 @@ from typing import Any
 
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import jsonl, layout
-from iterative_sft_cli.rundir.checkpoint import Checkpoint, load_checkpoint, read_copy
+from iterative_sft_cli.rundir.checkpoint import Checkpoint, load_checkpoint, read_copies, read_copy
 from iterative_sft_cli.rundir.fs import FileSystem, list_names, read_bytes
 from iterative_sft_cli.rundir.integrity import Damage, Stamp, parse_document, stamp_bytes
 from iterative_sft_cli.rundir.quarantine import Quarantine
+from iterative_sft_cli.rundir.seal import load_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,35 @@ def record_fits(run: Path, marker: Marker, name: str) -> bool:
     return data is not None and stamp_bytes(data) in marker.records[name]
 
 
+def read_record(run: Path, name: str) -> bytes:
+    """A record's bytes, or while it is damaged the copy that the next start will put back. Raises DataError when there is none."""
+    marker = find_marker(run)[0]
+    data = read_bytes(run / name)
+    if marker is None or (data is not None and stamp_bytes(data) in marker.records[name]):
+        return data or b""
+    copy = _fitting_copy(run, marker, name)
+    if copy is None:
+        raise _lost_record(run, name)
+    return copy[1]
+
+
+def _fitting_copy(run: Path, marker: Marker, name: str) -> tuple[str, bytes] | None:
+    for key in reversed(layout.checkpoint_keys(run)):
+        copy = read_copy(run / layout.CHECKPOINTS / key, name)
+        if copy is not None and stamp_bytes(copy) in marker.records[name]:
+            return key, copy
+    return None
+
+
+def _lost_record(run: Path, name: str) -> DataError:
+    return DataError(
+        "not as it was written when the run began, and no checkpoint holds a copy",
+        where=str(run / name),
+        hint="this file records what the run uses; edit the config you pass to isft train instead, and put this one back"
+        " (or start again in another output_dir)",
+    )
+
+
 def sweep(run: Path, fs: FileSystem) -> None:
     """Remove what was unfinished when the last process ended."""
     folders = [run, run / layout.CHECKPOINTS]
@@ -101,6 +131,10 @@ def choose(run: Path, quarantine: Quarantine) -> Checkpoint | None:
         lost = _lost_log(run, found)
         if lost is not None:
             passed_over.append((key, f"{lost} is damaged, and so is its copy here"))
+            continue
+        torn = _lost_shard(run, key) if layout.is_partial(key) else None
+        if torn is not None:
+            passed_over.append((key, f"{torn}, so its round is done again from where it began"))
             continue
         chosen = found
         break
@@ -153,20 +187,13 @@ def mend_records(run: Path, fs: FileSystem, quarantine: Quarantine, marker: Mark
         path = run / name
         if record_fits(run, marker, name):
             continue
-        for key in reversed(layout.checkpoint_keys(run)):
-            copy = read_copy(run / layout.CHECKPOINTS / key, name)
-            if copy is not None and stamp_bytes(copy) in marker.records[name]:
-                if path.exists():
-                    quarantine.move(path, f"not as it was written; put back from checkpoint {key}")
-                fs.publish(path, copy, data_label="mend.data", dir_label="mend.dir")
-                break
-        else:
-            raise DataError(
-                "not as it was written when the run began, and no checkpoint holds a copy",
-                where=str(path),
-                hint="this file records what the run uses; edit the config you pass to isft train instead, and put this one back"
-                " (or start again in another output_dir)",
-            )
+        found = _fitting_copy(run, marker, name)
+        if found is None:
+            raise _lost_record(run, name)
+        key, copy = found
+        if path.exists():
+            quarantine.move(path, f"not as it was written; put back from checkpoint {key}")
+        fs.publish(path, copy, data_label="mend.data", dir_label="mend.dir")
 
 
 def settle_log(run: Path, fs: FileSystem, quarantine: Quarantine, file: str, newest: Checkpoint | None) -> None:
@@ -202,6 +229,25 @@ def _lost_log(run: Path, checkpoint: Checkpoint) -> str | None:
             copy = read_copy(checkpoint.path, file)
             if copy is None or stamp_bytes(copy) != recorded:
                 return file
+    return None
+
+
+def _lost_shard(run: Path, key: str) -> str | None:
+    # a save inside a round goes on training on that round's shards: all that it was built on must be whole
+    number = layout.parse_key(key)[0]
+    try:
+        listed = read_copies(run / layout.CHECKPOINTS / key)[1]
+    except Damage:
+        return None
+    for name in listed:
+        index, _, stem = name.partition("/")
+        if int(index) != number:
+            continue
+        try:
+            if load_shard(layout.round_folder(run, number), number, stem) is None:
+                return f"the shard {name} is gone"
+        except Damage as damage:
+            return f"the shard {name} is damaged ({damage.problem})"
     return None
 
 

@@ -16,7 +16,7 @@ from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import jsonl
 from iterative_sft_cli.rundir.fs import TEMP_PREFIX, FileSystem, list_names, read_bytes
 from iterative_sft_cli.rundir.integrity import Damage, parse_document, render_document, stamp_bytes
-from iterative_sft_cli.rundir.layout import ROUNDS, check_name, is_temp, round_folder
+from iterative_sft_cli.rundir.layout import ROUNDS, check_name, is_temp, round_folder, round_indices
 from iterative_sft_cli.rundir.quarantine import Quarantine
 
 SEAL = ".seal.json"
@@ -44,8 +44,11 @@ class ShardReader:
 
 
 class Shards:
-    """The writer's side. `compress` makes new shards `.jsonl.gz`; `before_seal` is called before one is published; `expected` names those that were
-    there at the newest checkpoint."""
+    """The writer's side. `compress` makes new shards `.jsonl.gz`; `before_seal` is called before one is published.
+
+    `expected` names the shards that were there at the newest checkpoint or were sealed since; `last_committed` is the last
+    round that is over.
+    """
 
     def __init__(self, run: Path, fs: FileSystem, quarantine: Quarantine) -> None:
         self._run = run
@@ -54,6 +57,7 @@ class Shards:
         self.compress = False
         self.before_seal: Callable[[], None] = lambda: None
         self.expected: set[str] = set()
+        self.last_committed = -1
 
     def seal(self, round_index: int, name: str, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
         """Publish a shard: on return it survives a power cut. Raises DataError when one of that name is there already, ValueError or TypeError
@@ -90,21 +94,54 @@ class Shards:
             raise
         self._fs.rename(temp, target)
         self._fs.sync_dir(folder, "shard.dir")
-        self._fs.acknowledge(target, f"shard {round_index:04d}/{name}")
+        self.expected.add(shard_key(round_index, name))
+        self._fs.acknowledge(target, f"shard {shard_key(round_index, name)}")
 
     def read(self, round_index: int, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
-        """Rows and meta of a sealed shard, verified byte for byte. None when there is none to use: a torn or damaged one has been moved to
-        quarantine."""
+        """Rows and meta of a sealed shard, verified byte for byte. None when it is to be made (again): a torn or damaged one has been moved to
+        quarantine.
+
+        Raises DataError when it is lost and its round is over, so that nothing would make it again.
+        """
         folder = round_folder(self._run, round_index)
         try:
-            return read_shard(folder, round_index, check_name(name))
+            found = read_shard(folder, round_index, check_name(name))
         except Damage as damage:
-            self.discard(round_index, name, f"{damage.path.name}: {damage.problem}")
-            return None
+            self._set_aside(round_index, name, f"{damage.path.name}: {damage.problem}")
+            found = None
+        if found is None and round_index <= self.last_committed and shard_key(round_index, name) in self.expected:
+            raise self._lost(round_index, name)
+        return found
 
     def names(self, round_index: int, prefix: str = "") -> list[str]:
-        """The shards of a round that have both their files and whose name begins with `prefix`, sorted; not verified."""
-        return shard_names(round_folder(self._run, round_index), prefix)
+        """The shards of a round that have both their files and whose name begins with `prefix`, sorted; not verified.
+
+        Raises DataError when one is missing that a checkpoint was built on, or that this process has sealed.
+        """
+        found = shard_names(round_folder(self._run, round_index), prefix)
+        known = self.expected.difference(shard_key(round_index, name) for name in found)
+        for key in sorted(known):
+            if key.startswith(shard_key(round_index, prefix)):
+                raise self._lost(round_index, key.partition("/")[2])
+        return found
+
+    def check_open_rounds(self) -> None:
+        """Move to quarantine what is torn or damaged in the rounds that are not committed: what `names` tells of them can be read."""
+        for round_index in round_indices(self._run):
+            if round_index <= self.last_committed:
+                continue
+            folder = round_folder(self._run, round_index)
+            stems = {
+                entry.removesuffix(suffix)
+                for entry in list_names(folder)
+                for suffix in SUFFIXES
+                if entry.endswith(suffix)
+            }
+            for name in sorted(stem for stem in stems if not is_temp(stem)):
+                try:
+                    load_shard(folder, round_index, name)
+                except Damage as damage:
+                    self._set_aside(round_index, name, f"{damage.path.name}: {damage.problem}")
 
     def listed(self) -> list[str]:
         """`0001/generated-00000` for every shard that is there, or ought to be: one that was lost stays on the list for `isft verify` to tell."""
@@ -118,20 +155,35 @@ class Shards:
         self._fs.publish(
             path, render_document({**seal, "removed": True}), data_label="seal.data", dir_label="seal.removed"
         )
-        self.expected.discard(f"{round_index:04d}/{name}")
+        self.expected.discard(shard_key(round_index, name))
         target = folder / str(seal["file"])
         if target.exists():
             self._fs.unlink(target)
 
     def discard(self, round_index: int, name: str, reason: str) -> None:
-        """Move a shard and its seal to quarantine, so that it is made again."""
-        self.expected.discard(f"{round_index:04d}/{name}")
+        """Move a shard and its seal to quarantine because it is no longer wanted as it is; nobody will miss it."""
+        self.expected.discard(shard_key(round_index, name))
+        self._set_aside(round_index, name, reason)
+
+    def _set_aside(self, round_index: int, name: str, reason: str) -> None:
         folder = round_folder(self._run, round_index)
         # the shard first: what a crash leaves in between is a seal without shard, which means "make it again"
         for suffix in (*SUFFIXES, SEAL):
             path = folder / (check_name(name) + suffix)
             if path.exists():
                 self._quarantine.move(path, reason)
+
+    def _lost(self, round_index: int, name: str) -> DataError:
+        return DataError(
+            "a sealed shard is gone or damaged, and the run has built on it",
+            where=str(round_folder(self._run, round_index) / f"{name}.jsonl"),
+            hint="put it and its seal back from a backup (or from quarantine/); `isft verify RUN` lists all damage",
+        )
+
+
+def shard_key(round_index: int, name: str) -> str:
+    """How a shard is called in a list: `0001/generated-00000`."""
+    return f"{round_index:04d}/{name}"
 
 
 def shard_names(folder: Path, prefix: str) -> list[str]:
@@ -157,8 +209,8 @@ def all_shards(run: Path) -> list[str]:
     ]
 
 
-def read_shard(folder: Path, round_index: int, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
-    """Rows and meta; None when the shard's file is not there. Raises Damage when it is there without a seal that vouches for its bytes."""
+def load_shard(folder: Path, round_index: int, name: str) -> tuple[bytes, dict[str, Any]] | None:
+    """Verified bytes and seal; None when the shard's file is not there. Raises Damage when it is there without a seal that vouches for its bytes."""
     files = [folder / (name + suffix) for suffix in SUFFIXES if (folder / (name + suffix)).exists()]
     if not files:
         return None
@@ -168,18 +220,26 @@ def read_shard(folder: Path, round_index: int, name: str) -> tuple[list[dict[str
         raise Damage(path, f"the seal of another shard ({seal.get('round_index')}/{seal.get('file')})")
     if len(files) > 1:
         raise Damage(files[0], "there twice, plain and compressed")
-    data = read_bytes(files[0])
-    if data is None:
-        return None
+    data = read_bytes(files[0]) or b""
     stamp = stamp_bytes(data)
     if stamp.size != seal.get("bytes"):
         raise Damage(files[0], f"{stamp.size} bytes long, {seal.get('bytes')} were sealed")
     if stamp.sha256 != seal.get("sha256"):
         raise Damage(files[0], "its bytes are not those that were sealed (SHA-256 differs)")
+    return data, seal
+
+
+def read_shard(folder: Path, round_index: int, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+    """Rows and meta, else as `load_shard`."""
+    found = load_shard(folder, round_index, name)
+    if found is None:
+        return None
+    data, seal = found
+    path = folder / str(seal["file"])
     try:
-        rows = jsonl.decode_rows(gzip.decompress(data) if files[0].suffix == ".gz" else data)
+        rows = jsonl.decode_rows(gzip.decompress(data) if path.suffix == ".gz" else data)
     except (jsonl.BadLine, OSError, EOFError, zlib.error) as error:
-        raise Damage(files[0], str(error)) from error
+        raise Damage(path, str(error)) from error
     if len(rows) != seal.get("count"):
-        raise Damage(files[0], f"{len(rows)} rows, {seal.get('count')} were sealed")
+        raise Damage(path, f"{len(rows)} rows, {seal.get('count')} were sealed")
     return rows, dict(seal["meta"])

@@ -11,11 +11,11 @@ import yaml
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import layout
 from iterative_sft_cli.rundir.checkpoint import Checkpoint, load_checkpoint
-from iterative_sft_cli.rundir.fs import TEMP_PREFIX, list_names, read_bytes
+from iterative_sft_cli.rundir.fs import TEMP_PREFIX, list_names
 from iterative_sft_cli.rundir.integrity import Damage
 from iterative_sft_cli.rundir.ledger import read_log, read_loose
 from iterative_sft_cli.rundir.outcome import is_finished, read_outcome
-from iterative_sft_cli.rundir.recovery import Marker, find_marker, is_half_created
+from iterative_sft_cli.rundir.recovery import Marker, find_marker, is_half_created, read_record
 from iterative_sft_cli.rundir.seal import ShardReader
 
 FOREIGN_BUT_EMPTY = frozenset({"lost+found", ".DS_Store"})
@@ -38,7 +38,7 @@ class RunView:
     @property
     def config_source(self) -> bytes:
         """The user's bytes."""
-        return read_bytes(self.path / layout.CONFIG) or b""
+        return read_record(self.path, layout.CONFIG)
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -116,11 +116,11 @@ def refuse_foreign(path: Path) -> None:
 
 def read_resolved(path: Path) -> dict[str, Any]:
     """The merged config of the run at `path`."""
-    tree: dict[str, Any] = yaml.safe_load(read_bytes(path / layout.RESOLVED) or b"{}")
+    tree: dict[str, Any] = yaml.safe_load(read_record(path, layout.RESOLVED))
     return tree
 
 
 def read_environment(path: Path) -> dict[str, Any]:
     """The recorded environment of the run at `path`."""
-    found: dict[str, Any] = json.loads(read_bytes(path / layout.ENVIRONMENT) or b"{}")
+    found: dict[str, Any] = json.loads(read_record(path, layout.ENVIRONMENT))
     return found

@@ -66,6 +66,19 @@ class KillAt:
             raise Killed
 
 
+class KillAfter:
+    """Ends the process after `label` was acknowledged and pruning is over: before the next operation outside of `checkpoints/`."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.armed = label, False
+
+    def __call__(self, op: fs.Op) -> None:
+        if op.kind == "ack":
+            self.armed = self.armed or op.label == self.label
+        elif self.armed and "checkpoints" not in op.path.parts:
+            raise Killed
+
+
 class FailAt:
     """Answers operation `at` with an error of the operating system."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import toy_loop
-from crash_base import Tally, empty
+from crash_base import TOY, KillAfter, Killed, Subject, Tally, empty, hooked
 
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import verify
@@ -58,22 +59,34 @@ def checked_files(run: Path) -> list[Path]:
     ]
 
 
-def unfinished_run(root: Path) -> Path:
-    """A run that stopped right after the save inside round 3."""
+def unfinished_run(run: Path, subject: Subject, stop_after: str) -> None:
+    """A run that stopped right after a save inside its last round."""
     try:
-        toy_loop.train(root / "base", stop_after="0003-000002")
-    except KeyboardInterrupt:
-        return root / "base"
+        with hooked(KillAfter(f"checkpoint {stop_after}")):
+            subject.train(run)
+    except Killed:
+        gc.collect()
+        return
     raise AssertionError("the run did not stop")
 
 
-def damage_files(root: Path, *, trials: dict[str, int], swaps: int, seed: int = 0) -> Tally:
+def damage_files(
+    root: Path,
+    *,
+    trials: dict[str, int],
+    swaps: int,
+    seed: int = 0,
+    subject: Subject = TOY,
+    stop_after: str = "0003-000002",
+) -> Tally:
     """`trials` of each kind of damage, dealt over the files of an unfinished run, and `swaps` of two files for each other."""
     rng = random.Random(seed)
-    empty(root)
-    toy_loop.train(root / "gold")
-    gold = toy_loop.contents(root / "gold")
-    base = unfinished_run(root)
+    run, base = empty(root) / "run", root / "base"
+    subject.train(run)
+    gold = subject.contents(run)
+    shutil.rmtree(run)
+    unfinished_run(run, subject, stop_after)
+    run.rename(base)
     files = [path.relative_to(base) for path in checked_files(base)]
     tally = Tally()
     for kind, number in trials.items():
@@ -84,17 +97,24 @@ def damage_files(root: Path, *, trials: dict[str, int], swaps: int, seed: int = 
             data = (base / name).read_bytes()
             if not data:
                 continue
-            _trial(root, base, {name: KINDS[kind](data, rng)}, f"{kind} in {name}", gold, tally)
+            _trial(root, base, {name: KINDS[kind](data, rng)}, f"{kind} in {name}", gold, tally, subject, stop_after)
     pairs = [(a, b) for a in files for b in files if a < b and (base / a).read_bytes() != (base / b).read_bytes()]
     alike = [(a, b) for a, b in pairs if a.name == b.name]
     for a, b in rng.sample(alike, min(swaps // 2, len(alike))) + rng.sample(pairs, swaps - swaps // 2):
         swapped = {a: (base / b).read_bytes(), b: (base / a).read_bytes()}
-        _trial(root, base, swapped, f"{a} and {b} swapped", gold, tally)
+        _trial(root, base, swapped, f"{a} and {b} swapped", gold, tally, subject, stop_after)
     return tally
 
 
 def _trial(
-    root: Path, base: Path, changes: dict[Path, bytes | None], what: str, gold: dict[str, str], tally: Tally
+    root: Path,
+    base: Path,
+    changes: dict[Path, bytes | None],
+    what: str,
+    gold: dict[str, str],
+    tally: Tally,
+    subject: Subject,
+    stop_after: str,
 ) -> None:
     tally.trials += 1
     run = root / "run"
@@ -110,17 +130,21 @@ def _trial(
     if not any(finding.damage or finding.path in tail for finding in verify(run)):
         tally.fail(f"{what}: verify did not find it")
     try:
-        toy_loop.train(run)
+        subject.train(run)
     except DataError as error:
         tally.count("refused by name")
-        if not any(name.name in error.render() or str(name.parent) in error.render() for name in changes):
+        # only a shard of a round that is over cannot be made again
+        over = [name for name in changes if name.parts[0] == "rounds" and f"{name.parts[1]}" < stop_after[:4]]
+        if not over:
+            tally.fail(f"{what}: the next start refused: {error}")
+        if not any(f"{name.parts[1]}/{name.name.partition('.')[0]}" in error.render() for name in over):
             tally.fail(f"{what}: the next start refused without naming it: {error}")
         return
     except Exception as error:  # noqa: BLE001 - anything else is the finding
         tally.fail(f"{what}: the next start failed: {type(error).__name__}: {error}")
         return
     tally.count("mended")
-    got = toy_loop.contents(run)
+    got = subject.contents(run)
     other = {name for name in got | gold if got.get(name) != gold.get(name)}
     # a file that this start had no need to read stays as it is, for `verify` to tell
     unread = {name.as_posix() for name, data in changes.items() if _as_damaged(run / name, data)}

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import crash_corrupt
 import crash_kill
 import crash_loop
 import crash_power
@@ -43,6 +44,12 @@ def test_the_loop_refused_an_operation_stops_with_exit_4_and_goes_on(base: Path,
 def test_the_loop_after_a_power_cut_loses_nothing(base: Path, subject: Subject) -> None:
     tally = crash_power.power_loss(base / "disk", limit=15, every=11, subject=subject)
     assert tally.wrong == [] and tally.trials == 15
+
+
+def test_the_loop_finds_damage_before_it_uses_it(base: Path, subject: Subject) -> None:
+    trials = {"bit flip": 20, "deleted": 20}
+    tally = crash_corrupt.damage_files(base / "disk", trials=trials, swaps=6, subject=subject, stop_after="0002-000002")
+    assert tally.wrong == [] and tally.counts["mended"] >= 20
 
 
 @pytest.mark.slow

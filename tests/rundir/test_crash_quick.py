@@ -69,7 +69,7 @@ def test_recovery_done_twice_or_killed_changes_nothing(root: Path) -> None:
 def test_damage_is_found_and_mended_or_named(root: Path) -> None:
     tally = crash_corrupt.damage_files(root, trials=dict.fromkeys(crash_corrupt.KINDS, 40), swaps=30)
     held(tally, 220)
-    assert tally.counts["mended"] >= 200
+    assert tally.counts["mended"] >= 130
 
 
 def test_verify_finds_all_damage_to_a_finished_run(root: Path) -> None:

@@ -225,6 +225,8 @@ def test_a_damaged_record_is_put_back_from_a_checkpoint(tmp_path: Path, name: st
     good = path.read_bytes()
     path.write_bytes(good[:-3])
     assert [finding.path for finding in verify(tmp_path / "run")] == [name]
+    view = peek(tmp_path / "run")
+    assert view is not None and (view.resolved, view.environment, view.run_id) == (TREE, {"seed": 0}, "id")
     with RunDir.open(tmp_path / "run") as run:
         assert path.read_bytes() == good and run.resolved == TREE
         assert [moved for moved, _ in run.quarantined] == [name]

@@ -40,10 +40,13 @@ def test_keys_that_are_numbers_come_back_as_json_has_them(run: RunDir) -> None:
 def test_names_are_sorted_and_only_of_whole_shards(run: RunDir) -> None:
     for name in ("verdicts-00000", "generated-00001", "generated-00000"):
         run.shards.seal(1, name, ROWS, {})
-    (run.path / "rounds" / "0001" / "generated-00000.jsonl").unlink()
-    assert run.shards.names(1) == ["generated-00001", "verdicts-00000"]
-    assert run.shards.names(1, "generated") == ["generated-00001"]
+    assert run.shards.names(1) == ["generated-00000", "generated-00001", "verdicts-00000"]
+    assert run.shards.names(1, "generated") == ["generated-00000", "generated-00001"]
     assert run.shards.names(7) == []
+    (run.path / "rounds" / "0001" / "generated-00000.jsonl").unlink()
+    assert run.shards.names(1, "verdicts") == ["verdicts-00000"]
+    with pytest.raises(DataError, match="0001/generated-00000.jsonl: a sealed shard is gone"):
+        run.shards.names(1, "generated")
 
 
 def test_a_sealed_shard_never_changes(run: RunDir) -> None:
@@ -77,10 +80,58 @@ def test_compressed_shards_are_the_same_to_a_reader(run: RunDir) -> None:
     assert verify(run.path) == []
 
 
+def test_what_is_torn_or_damaged_in_the_open_round_is_gone_after_opening(run: RunDir) -> None:
+    for name in ("a", "b", "c"):
+        run.shards.seal(1, name, ROWS, META)
+    path = run.path
+    run.close()
+    (path / "rounds" / "0001" / "a.seal.json").unlink()
+    (path / "rounds" / "0001" / "b.jsonl").write_text("{}\n")
+    with RunDir.open(path) as again:
+        assert again.shards.names(1) == ["c"]
+        assert quarantined(again) == [f"rounds/0001/{file}" for file in ("a.jsonl", "b.jsonl", "b.seal.json")]
+        for name in ("a", "b"):
+            assert again.shards.read(1, name) is None
+            again.shards.seal(1, name, ROWS, META)
+        assert again.shards.names(1) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("harm", ["flip", "lose"])
+def test_a_shard_of_a_round_that_is_over_is_never_silently_left_out(run: RunDir, harm: str) -> None:
+    run.shards.seal(1, "verdicts-round", ROWS, META)
+    run.checkpoints.commit("0001", lambda folder: None, {})
+    path = run.path
+    run.close()
+    shard = path / "rounds" / "0001" / "verdicts-round.jsonl"
+    shard.unlink() if harm == "lose" else shard.write_bytes(shard.read_bytes().replace(b"1", b"3"))
+    for _ in range(2):
+        with RunDir.open(path) as again:
+            with pytest.raises(DataError, match="verdicts-round.jsonl: a sealed shard is gone or damaged"):
+                again.shards.read(1, "verdicts-round")
+            with pytest.raises(DataError, match="verdicts-round.jsonl"):
+                again.shards.names(1)
+
+
+@pytest.mark.parametrize("harm", ["flip", "lose"])
+def test_with_a_shard_of_the_round_lost_its_training_begins_again(run: RunDir, harm: str) -> None:
+    run.checkpoints.commit("0001", lambda folder: None, {})
+    run.shards.seal(2, "generated-00000", ROWS, META)
+    run.checkpoints.commit("0002-000010", lambda folder: None, {})
+    path = run.path
+    run.close()
+    shard = path / "rounds" / "0002" / "generated-00000.jsonl"
+    shard.unlink() if harm == "lose" else shard.write_bytes(shard.read_bytes().replace(b"1", b"3"))
+    with RunDir.open(path) as again:
+        newest = again.checkpoints.newest()
+        assert newest is not None and newest.key == "0001"
+        assert "checkpoints/0002-000010" in quarantined(again)
+        assert again.shards.names(2) == []
+        assert again.shards.read(2, "generated-00000") is None
+
+
 def test_a_shard_without_its_seal_is_torn(run: RunDir) -> None:
     run.shards.seal(1, "train", ROWS, META)
     (run.path / "rounds" / "0001" / "train.seal.json").unlink()
-    assert run.shards.names(1) == []
     assert run.shards.read(1, "train") is None
     assert quarantined(run) == ["rounds/0001/train.jsonl"]
     run.shards.seal(1, "train", ROWS, META)

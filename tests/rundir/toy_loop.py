@@ -23,8 +23,8 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=bytes.hex).encode()).hexdigest()
 
 
-def train(path: Path, rounds: int = ROUNDS, keep: int = 2, stop_after: str | None = None) -> RunDir | None:
-    """Begin, go on or find finished; the closed run directory, or None when there was nothing to do. `stop_after` a checkpoint: KeyboardInterrupt."""
+def train(path: Path, rounds: int = ROUNDS, keep: int = 2) -> RunDir | None:
+    """Begin, go on or find finished; the closed run directory, or None when there was nothing to do."""
     view = peek(path)
     if view is not None and view.finished and view.resolved["rounds"] == rounds:
         return None
@@ -37,14 +37,14 @@ def train(path: Path, rounds: int = ROUNDS, keep: int = 2, stop_after: str | Non
     with run:
         if run.resolved != {"rounds": rounds}:
             run.write_config(b"toy: 1\n", {"rounds": rounds})
-        Toy(run, rounds, keep, stop_after).go()
+        Toy(run, rounds, keep).go()
         run.outcome(0, "complete", "isft show")
     return run
 
 
 class Toy:
-    def __init__(self, run: RunDir, rounds: int, keep: int, stop_after: str | None) -> None:
-        self.run, self.rounds, self.stop_after = run, rounds, stop_after
+    def __init__(self, run: RunDir, rounds: int, keep: int) -> None:
+        self.run, self.rounds = run, rounds
         run.checkpoints.retain(keep)
         self.weights, self.done, self.step = BASE, -1, 0
         newest = run.checkpoints.newest()
@@ -112,8 +112,6 @@ class Toy:
         # the next seal or commit waits for it, so the order of operations stays the same in every run
         self.run.checkpoints.commit_async(key, write, {"done": done, "step": self.step})
         self.run.checkpoints.wait()
-        if key == self.stop_after:
-            raise KeyboardInterrupt
 
     def evaluate(self, r: int) -> None:
         if self.run.shards.read(r, "eval-00000") is None:
