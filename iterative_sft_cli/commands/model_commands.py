@@ -1,4 +1,4 @@
-"""`isft ask` and `doctor`: commands that load the model of a run or a config, look, and write nothing."""
+"""`isft ask`, `doctor` and `fetch`: commands about the model of a run or a config; none of them writes into a run."""
 
 from __future__ import annotations
 
@@ -64,3 +64,46 @@ def doctor(
     bad = sum(check["ok"] is False for check in found["checks"])
     say(f"{config}: {bad} bad" if bad else f"{config}: healthy")
     return EXIT_CONFIG if bad else 0
+
+
+@app.command()
+def fetch(
+    config: Config,
+    overrides: Overrides = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="Fill the caches in DIR instead of the user's own.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Bring here every model, data set and filter model that CONFIG names, for a machine without a network."""
+    from iterative_sft_cli.config import load_config
+    from iterative_sft_cli.report import fetch as fetching
+    from iterative_sft_cli.report.screen import say, screen, table
+
+    loaded = load_config(config, list(overrides or []))
+    if to is not None:
+        fetching.use_home(to)
+    items = []
+    for item in fetching.fetch(loaded):
+        items.append(item)
+        if not as_json:
+            say(f"{item.where}: {item.name}, {item.commit or 'local'}")
+    lines = fetching.pins(items)
+    if as_json:
+        print_json({"items": [item.to_json() for item in items], "pin": lines, "home": str(to) if to else None})
+        return 0
+    rows = [(one.where, one.kind, one.name, one.commit or "local", f"{one.bytes:,}", one.path) for one in items]
+    names = (
+        ("key", "left"),
+        ("what", "left"),
+        ("name", "left"),
+        ("commit", "left"),
+        ("bytes", "right"),
+        ("place", "left"),
+    )
+    screen().print(table(names, rows))
+    for line in lines:
+        say(f"pin it: {line}")
+    if to is not None:
+        say(f"on a machine without a network: HF_HOME={to} HF_HUB_OFFLINE=1 isft train {config}")
+    return 0
