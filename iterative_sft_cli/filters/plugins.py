@@ -14,7 +14,7 @@ from iterative_sft_cli.filters.builtin.spec import Role
 from iterative_sft_cli.filters.contract import Shape, place_bare
 from iterative_sft_cli.filters.imports import ImportBroken, NotFound, load_target
 from iterative_sft_cli.filters.link import Died, Link, Watchdog
-from iterative_sft_cli.filters.pool import start_message
+from iterative_sft_cli.filters.pool import hide_values, start_message
 from iterative_sft_cli.filters.resolve import Location, ResolvedFilter, bind_scheduled, long_form, scalars
 from iterative_sft_cli.filters.wire import encode
 
@@ -61,14 +61,14 @@ def _describe(
     link = Link(watchdog, env=env, threads=1)
     try:
         link.watch(timeout_s, "startup_timeout_s")
-        message = start_message(location, link.scratch)
+        message = start_message(location, link.scratch, env)
         link.write(
             encode(message | {"describe": True, "candidates": json.loads(candidates), "distribution": distribution})
         )
         reply = link.receive()
-        tail = link.take_tail() if "failed" in reply else ""
+        tail = hide_values(link.take_tail(), env) if "failed" in reply else ""
     except Died as death:
-        tail = link.take_tail()
+        tail = hide_values(link.take_tail(), env)
         raise PluginError(f"importing {location} failed: {death}{_output(tail)}") from None
     finally:
         link.close()

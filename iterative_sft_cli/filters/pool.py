@@ -5,19 +5,22 @@ A task ends in outcomes or in a named error: filter, prompt, cause, and the last
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from iterative_sft_cli import errors
-from iterative_sft_cli.errors import IsftError, PluginError
+from iterative_sft_cli.errors import IsftError, PluginError, StorageError
 from iterative_sft_cli.filters import processes
 from iterative_sft_cli.filters.contract import Outcome
 from iterative_sft_cli.filters.link import Died, Link, Watchdog
 from iterative_sft_cli.filters.resolve import Location, ResolvedFilter
-from iterative_sft_cli.filters.wire import encode
+from iterative_sft_cli.filters.wire import HIDDEN, encode
+from iterative_sft_cli.filters.worker import MIN_SECRET
 from iterative_sft_cli.types import Verdict
 
 DEPTH = 16
@@ -120,7 +123,7 @@ class WorkerPool:
         """The named error of this filter."""
         text = f"the filter `{self.one.name}` {what}: {cause}"
         if tail:
-            text += f"\nits last output:\n{tail}"
+            text += f"\nits last output:\n{hide_values(tail, self.one.env)}"
         hint = "`isft filters test` runs it over stored samples" if not self.one.builtin else None
         return PluginError(text, where=f"{self.one.key}: {self.one.use}", hint=hint)
 
@@ -252,15 +255,22 @@ class Worker:
         for attempt in (1, 2):
             if self._stopped:
                 raise self.pool.error("did not start", "the run is ending", "")
-            link = self._link = Link(
-                self.pool.watchdog,
-                env=one.env,
-                device=one.device,
-                memory_gb=one.memory_gb,
-                threads=1 if self.pool.size > 1 else None,
-            )
+            try:
+                link = self._link = Link(
+                    self.pool.watchdog,
+                    env=one.env,
+                    device=one.device,
+                    memory_gb=one.memory_gb,
+                    threads=1 if self.pool.size > 1 else None,
+                )
+            except OSError as error:
+                raise StorageError(
+                    f"no worker process can be started for the filter `{one.name}`: {error.strerror or error}",
+                    where=f"{one.key}: {one.use}",
+                    hint="check the limits on processes, memory and space in the temporary folder",
+                ) from error
             link.watch(one.startup_timeout_s, "startup_timeout_s")
-            link.write(encode(start_message(one.location, link.scratch) | {"arguments": one.arguments}))
+            link.write(encode(start_message(one.location, link.scratch, one.env) | {"arguments": one.arguments}))
             try:
                 reply = link.receive()
             except Died as death:
@@ -281,14 +291,24 @@ class Worker:
             link.close()
 
 
-def start_message(location: Location, scratch: str) -> dict[str, Any]:
-    """The first message to a worker: which filter to load."""
+def hide_values(text: str, names: Sequence[str]) -> str:
+    """What a plug-in printed, without the values of the environment variables it was given."""
+    for name in names:
+        value = os.environ.get(name, "")
+        if len(value) >= MIN_SECRET:
+            text = text.replace(value, HIDDEN)
+    return text
+
+
+def start_message(location: Location, scratch: str, env: Sequence[str]) -> dict[str, Any]:
+    """The first message to a worker: which filter to load, and the names whose values must not come back."""
     return {
         "scratch": scratch,
         "module": location.module,
         "path": location.path,
         "attribute": location.attribute,
         "describe": False,
+        "env": list(env),
     }
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from iterative_sft_cli.errors import IsftError, PluginError
+from iterative_sft_cli.errors import IsftError, PluginError, StorageError
 from iterative_sft_cli.filters import processes
 from iterative_sft_cli.filters.cache import ResultCache
 from iterative_sft_cli.filters.context import Context
@@ -134,26 +134,29 @@ class Runtime:
                 self._caches[folder, key] = ResultCache(folder, one)
             return self._caches[folder, key]
 
-    def _new_file(self) -> Path:
-        with self._lock:
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="isft-round-", ignore_cleanup_errors=True)
-            self._num_files += 1
-            return Path(self._folder.name) / f"{self._num_files}"
+    def _store(self, frames: Iterable[bytes]) -> Path:
+        """Write frames or lines to a temporary file that a worker reads."""
+        try:
+            with self._lock:
+                if self._folder is None:
+                    self._folder = tempfile.TemporaryDirectory(prefix="isft-round-", ignore_cleanup_errors=True)
+                self._num_files += 1
+                path = Path(self._folder.name) / f"{self._num_files}"
+            with open(path, "wb") as file:
+                file.writelines(frames)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write what a filter is to read: {error.strerror}",
+                where=tempfile.gettempdir(),
+                hint="free space there, or set TMPDIR to a folder with more",
+            ) from error
+        return path
 
     def _store_round(self, samples: Sequence[Sample]) -> Path:
-        path = self._new_file()
-        with open(path, "wb") as file:
-            for sample in samples:
-                file.write(encode(sample_to_wire(sample)))
-        return path
+        return self._store(encode(sample_to_wire(sample)) for sample in samples)
 
     def _store_history(self, accepted_earlier: History) -> Path:
-        path = self._new_file()
-        with open(path, "wb") as file:
-            for record in accepted_earlier:
-                file.write(to_json(record) + b"\n")
-        return path
+        return self._store(to_json(record) + b"\n" for record in accepted_earlier)
 
     def cancel(self) -> None:
         """Give up all calls to workers: a sample failed and the run is about to stop."""

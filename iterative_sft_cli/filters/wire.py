@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from iterative_sft_cli.types import Sample
 
+HIDDEN = "[hidden]"
+"""What stands for the value of an environment variable that was passed to a filter."""
 MAX_REPLY_BYTES = 64 * 1024 * 1024
 """A longer reply breaks the protocol: a verdict is at most 64 KB, a round's verdicts come in parts."""
 
@@ -24,9 +26,11 @@ class BrokenWire(Exception):
     """The other side sent what is not a frame."""
 
 
-def encode(message: Mapping[str, Any]) -> bytes:
-    """The frame of a message. Values that are not JSON (dates, bytes) become their text."""
+def encode(message: Mapping[str, Any], hide: Sequence[str] = ()) -> bytes:
+    """The frame of a message, each text of `hide` replaced by HIDDEN. Values that are not JSON become their text."""
     body = to_json(message)
+    for secret in hide:
+        body = body.replace(to_json(secret)[1:-1], HIDDEN.encode("ascii"))
     return struct.pack(">I", len(body)) + body
 
 

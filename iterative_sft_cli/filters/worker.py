@@ -38,6 +38,8 @@ MAX_FORKS = 64
 """Processes that one call may fork before the whole group ends itself."""
 PART = 5000
 """Outcomes that one reply holds at most."""
+MIN_SECRET = 4
+"""Shorter values of passed environment variables are no secrets, and replacing them would garble other text."""
 FORK_NOTE = "isft: one call started more than 64 processes"
 
 
@@ -158,8 +160,10 @@ def main() -> None:
     surroundings = Surroundings(start["scratch"])
     surroundings.count_forks([requests.fileno(), replies.fileno()])
 
+    secrets = [os.environ[name] for name in start["env"] if len(os.environ.get(name, "")) >= MIN_SECRET]
+
     def reply(message: dict[str, Any]) -> None:
-        replies.write(encode(message))
+        replies.write(encode(message, secrets))
         replies.flush()
 
     loaded = load(start, reply, surroundings)

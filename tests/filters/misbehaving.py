@@ -492,3 +492,24 @@ def reads_environment(sample):
 
 def returns_wide_reply(samples):
     return [Verdict(True, float(i), "r", {"x": "y" * 100}) for i, _ in enumerate(samples)]
+
+
+def leaks_in_extra(sample):
+    return Verdict(True, extra={"key": os.environ["GRADER_KEY"]})
+
+
+def leaks_in_error(sample):
+    raise ValueError(f"bad key {os.environ['GRADER_KEY']}")
+
+
+def leaks_in_output(sample):
+    print("using", os.environ["GRADER_KEY"], flush=True)
+    os._exit(1)
+
+
+class LeaksInSetup:
+    def setup(self):
+        raise OSError(os.environ["GRADER_KEY"])
+
+    def __call__(self, sample):
+        return True

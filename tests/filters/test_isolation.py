@@ -307,6 +307,21 @@ def test_only_listed_environment_variables_reach_a_worker(
     assert "GRADER_API_KEY" in names and "HF_TOKEN" not in names
 
 
+@pytest.mark.parametrize("name", ["leaks_in_extra", "leaks_in_error", "leaks_in_output", "LeaksInSetup"])
+def test_a_key_that_a_filter_gives_away_comes_back_hidden(
+    name: str, make_sample: Callable[..., Sample], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    secret = 'sk-"quoted\\secret\u00e9'
+    monkeypatch.setenv("GRADER_KEY", secret)
+    one = plugin(name, env=("GRADER_KEY",))
+    try:
+        said = repr(run(one, [make_sample()], cache_dir=tmp_path)[0])
+    except PluginError as error:
+        said = str(error)
+    assert "secret" not in said and "[hidden]" in said
+    assert not any(b"secret" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
 def test_a_failure_does_not_wait_for_hung_calls(make_sample: Callable[..., Sample]) -> None:
     many = [make_sample("BAD", i=i, prompt=f"p{i}") for i in range(100)]
     start = time.monotonic()
@@ -324,6 +339,20 @@ def test_after_a_failure_a_shared_runtime_is_free_again(make_sample: Callable[..
         good = [make_sample("good", i=i) for i in range(4)]
         assert all(one.keep for one in run(plugin("hangs_asleep", timeout_s=0.3, workers=2), good, runtime=runtime))
         assert time.monotonic() - start < 3
+
+
+def test_a_machine_without_room_for_workers_is_told(
+    make_sample: Callable[..., Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from iterative_sft_cli.errors import StorageError
+    from iterative_sft_cli.filters import processes
+
+    def no_process(*args: Any, **options: Any) -> Any:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(processes, "start", no_process)
+    with pytest.raises(StorageError, match="no worker process can be started for the filter `raises`: Resource"):
+        run(plugin("raises"), [make_sample()])
 
 
 def test_a_worker_runs_this_copy_of_the_package(make_sample: Callable[..., Sample], tmp_path: Path) -> None:

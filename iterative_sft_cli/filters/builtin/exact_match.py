@@ -29,7 +29,7 @@ def exact_match(
     """Keep a completion whose final part equals `answer`; an answer that is a list accepts any of its members.
 
     ignore_space: outer white space is cut and inner runs count as one space. ignore_punctuation: .,;:!? and quotes at
-    both ends are cut. Both sides are normalised alike. Dropped as `wrong_answer`.
+    both ends are cut. Both sides are normalised alike. Dropped as `wrong_answer`; extra `answer` is a short text as it was compared.
     """
     if sample.answer is None:
         raise DataError(
@@ -38,4 +38,4 @@ def exact_match(
     said = _normal(sample.final, ignore_case, ignore_space, ignore_punctuation)
     accepted = sample.answer if isinstance(sample.answer, list | tuple) else [sample.answer]
     right = any(said == _normal(one, ignore_case, ignore_space, ignore_punctuation) for one in accepted)
-    return decide(right, "wrong_answer", drop=drop)
+    return decide(right, "wrong_answer", drop=drop, extra={"answer": said} if len(said) <= 100 else None)

@@ -56,7 +56,7 @@ def reasoning_gym(
     task: the task's name [the prompt's own, `metadata.source_dataset` of its row]. extract: what is handed to the
     verifier: auto = the last <answer>...</answer>, without one the final part; tag, text, last_line and last_number (as
     numeric_answer reads it) are what they say. The score is the verifier's, 0 to 1
-    (partial credit is below 1). Dropped as `wrong_answer` or `no_answer`.
+    (partial credit is below 1). Dropped as `wrong_answer` or `no_answer`; extra `answer` is what was handed over.
     """
     metadata = sample.row.get("metadata") or {}
     name = task or (metadata.get("source_dataset") if isinstance(metadata, dict) else None)
@@ -76,4 +76,7 @@ def reasoning_gym(
         return Verdict(not drop, 0.0, "no_answer")
     entry = {"question": sample.row.get("question", sample.prompt), "answer": sample.answer, "metadata": metadata}
     score = float(scorer(answer=said, entry=entry))
-    return Verdict(True, score) if score >= min_score else Verdict(not drop, score, "wrong_answer")
+    extra = {"answer": said} if len(said) <= 100 else {}
+    if score >= min_score:
+        return Verdict(True, score, None, extra)
+    return Verdict(not drop, score, "wrong_answer", extra)
