@@ -1,15 +1,25 @@
-"""`Run.open(path)`: everything a run directory holds, for readers; it takes no lock and changes nothing, also while the run goes on."""
+"""`Run.open(path)`: everything a run directory holds, for readers; it takes no lock and changes nothing, also while the run goes on.
+
+from iterative_sft_cli import Run
+
+run = Run.open("runs/quickstart")
+run.stats[-1]["eval/pass@1"]                  # figures of the last round
+frame = run.samples(as_="pandas")             # or a datasets.Dataset, the default
+frame.groupby("round")["accepted"].mean()
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from iterative_sft_cli.config import Config
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.guards import best_round
+from iterative_sft_cli.report.columns import columns_of
 from iterative_sft_cli.rundir import RunView, peek
 from iterative_sft_cli.samples import GENERATED, StoredSample, iter_round
 
@@ -77,6 +87,27 @@ class Run:
         """What the config names as the model."""
         model = self.settings.model
         return str(model.path or model.use or (model.init or {}).get("model_type", "a fresh model"))
+
+    def samples(
+        self,
+        rounds: Sequence[int] | None = None,
+        *,
+        accepted: bool | None = None,
+        as_: Literal["dataset", "pandas"] = "dataset",
+    ) -> Any:
+        """The judged samples as a `datasets.Dataset` or a `pandas.DataFrame`, a row each; `columns.py` names the columns.
+
+        `rounds` and `accepted` narrow them down; what is asked for is in memory. `iter_samples` reads any number one by one.
+        """
+        wanted = (one for one in self.iter_samples(rounds) if accepted is None or one.accepted == accepted)
+        columns = columns_of(wanted)
+        if as_ == "pandas":
+            return import_module("pandas").DataFrame(columns)
+        if as_ != "dataset":
+            raise ValueError(f"as_ is {as_!r}, expected 'dataset' or 'pandas'")
+        import datasets
+
+        return datasets.Dataset.from_dict(columns)
 
     def iter_samples(self, rounds: Sequence[int] | None = None) -> Iterator[StoredSample]:
         """The judged samples of the given rounds (all by default), one shard in memory at a time."""
