@@ -120,12 +120,12 @@ def round_cells(row: Mapping[str, Any], metric: str = "eval/pass@1") -> list[str
 
 
 class Estimate:
-    """Predicts the wall time of the whole run from the samples made so far; training is taken to last as long as its generation."""
+    """Predicts the wall time of the whole run from the samples made so far; training is taken to last three times as long as generation."""
 
     def __init__(self, rounds: int, first_round: int, eval_samples: int, samples: int) -> None:
         rounds_left = rounds - max(first_round, 1) + 1
         evals_left = rounds_left + (1 if first_round == 0 else 0)
-        self._work = evals_left * eval_samples + rounds_left * samples * 2
+        self._work = evals_left * eval_samples + rounds_left * samples * 4
         self._start = time.monotonic()
         self._done = 0
         self.said = False

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 from iterative_sft_cli.rounds.gather import Gathered
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
-from iterative_sft_cli.samples import TRAIN, TRIALS, iter_round
+from iterative_sft_cli.samples import TRAIN, TRIALS, StoredSample, iter_round
 from iterative_sft_cli.stats import RoundCounter, TrainCounter
 
 SEED_LOSS_ROWS = 16
 """Seed rows whose loss is followed: enough to see forgetting, few enough to cost nothing beside a round."""
+
+SHOWN_OF = 512
+"""Samples of a round among which those that are shown are chosen."""
 
 
 def count_round(stages: Stages, round_index: int) -> RoundCounter:
@@ -96,8 +100,23 @@ def log_selected(log: RoundLog, found: Gathered, num_steps: int) -> None:
 
 
 def show_samples(stages: Stages, round_index: int, each: int = 3) -> None:
-    """Hand the first accepted and rejected samples of the round to the view."""
-    stored = list(islice(iter_round(stages.run.shards, round_index), 512))
-    accepted = [one for one in stored if one.accepted][:each]
-    rejected = [one for one in stored if not one.accepted][:each]
-    stages.view.samples(round_index, accepted, rejected)
+    """Hand a few accepted and rejected samples of the round to the view."""
+    stored = list(islice(iter_round(stages.run.shards, round_index), SHOWN_OF))
+    stages.view.samples(round_index, *pick_samples(stored, each))
+
+
+def pick_samples(stored: Sequence[StoredSample], each: int = 3) -> tuple[list[StoredSample], list[StoredSample]]:
+    """(accepted, rejected): at most `each`, different prompts and different reasons first."""
+    picked: list[list[StoredSample]] = []
+    for accepted in (True, False):
+        group = [one for one in stored if one.accepted is accepted]
+        seen: set[tuple[str, str]] = set()
+        first: list[StoredSample] = []
+        rest: list[StoredSample] = []
+        for one in group:
+            why = one.rejected_by
+            key = (str(why["filter"]), str(why.get("reason"))) if why else (one.sample.prompt_id, "")
+            (rest if key in seen else first).append(one)
+            seen.add(key)
+        picked.append((first + rest)[:each])
+    return picked[0], picked[1]
