@@ -189,8 +189,8 @@ def prompt_text(prompt: Any) -> str:
 
 
 def scores_read(config: Any) -> set[str]:
-    """The scores that training reads."""
-    read: set[str] = set()
+    """The scores that training reads, and the filters that decide what is correct in the evaluation."""
+    read: set[str] = set(config.eval.correct or ()) | {config.eval.rank_by} - {None} if config.eval else set()
     if config.train.weight_by is not None:
         read |= set(Expression(config.train.weight_by).names)
     for one in config.train.passes or ():

@@ -121,6 +121,12 @@ def export(
     push: Annotated[
         bool, typer.Option("--push", help="Upload, for --to hub; without it only what would be is printed.")
     ] = False,
+    chosen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="For --to dpo-jsonl: the prompts' column that holds the better answer (SPIN)."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Hand RUN over: a model folder, an adapter, a Modelfile, a GGUF file, or its samples as training data."""
@@ -128,7 +134,16 @@ def export(
     from iterative_sft_cli.report.reader import Run
     from iterative_sft_cli.report.screen import say
 
-    made = do_export(Run.open(run), to, out=out, checkpoint=checkpoint, rounds=round_, repo=repo, push=push)
+    made = do_export(
+        Run.open(run),
+        to,
+        out=out,
+        checkpoint=checkpoint,
+        rounds=round_,
+        repo=repo,
+        push=push,
+        chosen_column=chosen,
+    )
     if as_json:
         print_json(made)
         return 0

@@ -30,16 +30,19 @@ def export(
     rounds: list[int] | None = None,
     repo: str | None = None,
     push: bool = False,
+    chosen_column: str | None = None,
 ) -> dict[str, Any]:
     """Export a run; returns what was written and the command that uses it. Raises ConfigError and DataError."""
     if to not in FORMS:
         raise ConfigError(f"--to {to}: no such form", expected=f"one of {', '.join(FORMS)}")
+    if chosen_column is not None and to != "dpo-jsonl":
+        raise ConfigError(f"--chosen says nothing with --to {to}", expected="--to dpo-jsonl")
     if to in ("sft-jsonl", "dpo-jsonl"):
         if checkpoint is not None:
             raise ConfigError(f"--checkpoint says nothing with --to {to}", expected="--round, or neither")
         target = out or run.path / "export" / f"{to.removesuffix('-jsonl')}.jsonl"
         wanted = choose_rounds(run, rounds)
-        rows = sft_rows(run, wanted) if to == "sft-jsonl" else dpo_rows(run, wanted)
+        rows = sft_rows(run, wanted) if to == "sft-jsonl" else dpo_rows(run, wanted, chosen_column)
         return {"to": to, "out": str(target), "rows": write_rows(rows, target), "rounds": wanted, "next": None}
     if rounds:
         raise ConfigError(f"--round says nothing with --to {to}", expected="--checkpoint, or neither")

@@ -68,8 +68,15 @@ def sft_rows(run: Run, rounds: Sequence[int]) -> Iterator[dict[str, Any]]:
             yield {"messages": [*talk.messages(sample.prompt), answer], **origin}
 
 
-def dpo_rows(run: Run, rounds: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Preference pairs of one prompt and round: the i-th accepted with the i-th that a verifier or a check rejected, texts that differ."""
+def dpo_rows(run: Run, rounds: Sequence[int], chosen_column: str | None = None) -> Iterator[dict[str, Any]]:
+    """Preference pairs of one prompt and round: the i-th accepted with the i-th that a verifier or a check rejected, texts that differ.
+
+    With `chosen_column` the prompts' own column is the better side and every other completion the worse one (SPIN). Raises DataError for a
+    prompt without it.
+    """
+    if chosen_column is not None:
+        yield from self_play_rows(run, rounds, chosen_column)
+        return
     talk = Conversation(run)
     worse = worse_filters(run)
     for group in by_prompt(run, rounds):
@@ -91,6 +98,25 @@ def dpo_rows(run: Run, rounds: Sequence[int]) -> Iterator[dict[str, Any]]:
             else:
                 sides = ([{"role": "assistant", "content": text}] for text in texts)
                 yield {"prompt": talk.messages(sample.prompt), "chosen": next(sides), "rejected": next(sides), **origin}
+
+
+def self_play_rows(run: Run, rounds: Sequence[int], column: str) -> Iterator[dict[str, Any]]:
+    """A pair for each distinct completion of the model that differs from the text in the prompt's column."""
+    talk = Conversation(run)
+    for group in by_prompt(run, rounds):
+        for rejected in distinct(group):
+            sample = rejected.sample
+            gold = sample.row.get(column)
+            if not isinstance(gold, str):
+                raise DataError(f"prompt {sample.prompt_id} has no text in the column `{column}`", where="--chosen")
+            if gold.strip() == sample.completion.strip():
+                continue
+            origin = {"rejected_id": sample.sample_id, "round": sample.round_index}
+            if talk.raw:
+                yield {"prompt": talk.text(sample.prompt), "chosen": gold, "rejected": sample.completion, **origin}
+            else:
+                sides = [[{"role": "assistant", "content": text}] for text in (gold, sample.completion)]
+                yield {"prompt": talk.messages(sample.prompt), "chosen": sides[0], "rejected": sides[1], **origin}
 
 
 def worse_filters(run: Run) -> set[str]:

@@ -1,0 +1,1 @@
+"""Files that recipes put beside their configs: plug-ins to change."""
