@@ -142,7 +142,9 @@ class KeyedLines:
 
 def prompt_of(sample_id: str, round_index: int) -> str:
     """The prompt's id inside a sample's."""
-    return sample_id.removeprefix(f"{round_index}-").rpartition("-")[0]
+    # the index of a greedy sample is -1
+    found = re.fullmatch(r"(.*?)-(-?\d+)", sample_id.removeprefix(f"{round_index}-"), re.DOTALL)
+    return found.group(1) if found else sample_id
 
 
 class RoundReader:

@@ -172,3 +172,12 @@ print([m for m in ("torch", "transformers", "datasets", "numpy", "pandas") if m 
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stderr.strip().splitlines()[-1] == "[]"
+
+
+def test_greedy_samples_of_the_evaluation_belong_to_their_prompt(tmp_path, capsys):
+    from iterative_sft_cli.report.paging import prompt_of
+
+    assert [prompt_of(one, 1) for one in ("1-a-0", "1-a--1", "1-a-5-3", "1-a-1000000")] == ["a", "a", "a-5", "a"]
+    run = report_runs.train(tmp_path, rounds=1, eval={"greedy": True})
+    rows = call_json(capsys, "samples", run, "--eval", "--prompt", "3", "--limit", 0)
+    assert [row["sample_index"] for row in rows] == [0, 1, -1] * 2
