@@ -202,3 +202,11 @@ def test_a_lost_shard_is_missed_for_good(run: RunDir) -> None:
         with RunDir.open(path) as again:
             again.checkpoints.commit(key, lambda folder: None, {})
         assert [finding.path for finding in verify(path)] == ["rounds/0001/generated-00000"]
+
+
+def test_a_shard_that_is_lost_after_its_round_in_the_same_process_is_told(run: RunDir) -> None:
+    run.shards.seal(1, "verdicts-round", ROWS, META)
+    run.checkpoints.commit("0001", lambda folder: None, {})
+    (run.path / "rounds" / "0001" / "verdicts-round.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="gone or damaged"):
+        run.shards.read(1, "verdicts-round")
