@@ -47,7 +47,7 @@ def one_budget(config: Config, base_dir: Path) -> Iterator[Finding]:
         )
     if budget is not None and budget.kind == "gvm" and section.until_accepted is not None:
         yield at("generate.until_accepted", "gvm fixes the number of samples itself", "no until_accepted", key=True)
-    if budget is not None:
+    if budget is not None and budget.kind == "prop_difficulty":
         for r in rounds_of(config, section.samples_per_prompt):
             most = value_in(section.samples_per_prompt, r)
             if budget.pilot > most:
