@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import sys
 import threading
@@ -287,6 +288,18 @@ def test_the_optimizer_of_another_run_is_noticed(run: RunDir, tmp_path: Path) ->
         other.checkpoints.commit("0001", writer("b"), {})
         swap(run.path / "checkpoints" / "0001" / "state", other.path / "checkpoints" / "0001" / "state")
     assert [finding.path for finding in verify(run.path)] == ["checkpoints/0001/state/MANIFEST.json"]
+
+
+def test_parts_that_are_missing_or_of_another_run_are_found(run: RunDir, tmp_path: Path) -> None:
+    run.ledger.append({"n": 1})
+    run.checkpoints.commit("0001", writer(), {})
+    run.checkpoints.commit("0002", writer(), {})
+    with RunDir.create(tmp_path / "other", config_source=b"", resolved={}, environment={}) as other:
+        other.checkpoints.commit("0001", writer(), {})
+        swap(run.path / "checkpoints" / "0001" / "run.json", other.path / "checkpoints" / "0001" / "run.json")
+    shutil.rmtree(run.path / "checkpoints" / "0002" / "state")
+    found = {finding.path for finding in verify(run.path) if finding.damage}
+    assert found == {"checkpoints/0001/run.json", "checkpoints/0002/state"}
 
 
 def test_with_ledger_and_its_copy_damaged_the_checkpoint_before_is_taken(run: RunDir) -> None:
