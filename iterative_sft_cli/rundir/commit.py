@@ -35,6 +35,9 @@ from iterative_sft_cli.rundir.seal import Shards
 SMALL_BYTES = 8 << 20
 """Checkpoints under this size are synced file by file, in order."""
 
+MAX_COPY_BYTES = 32 << 20
+"""A log that has grown over this is no longer copied into each checkpoint."""
+
 COPIED = (layout.MARKER, *layout.RECORDS)
 """The small files that every checkpoint carries a copy of, beside the two logs."""
 
@@ -202,7 +205,8 @@ class Checkpoints:
 
     def _copies(self, key: str) -> bytes:
         names = [*COPIED, *(log.path.name for log in self._logs.values())]
-        files = {name: data for name in names if (data := read_bytes(self._run / name)) is not None}
+        found = {name: read_bytes(self._run / name) for name in names}
+        files = {name: data for name, data in found.items() if data is not None and len(data) <= MAX_COPY_BYTES}
         return render_copies(key, files, self._shards.listed())
 
     def _finish(self, key: str, temp: Path, final: Path, stamps: Mapping[str, Stamp]) -> None:
@@ -215,7 +219,7 @@ class Checkpoints:
         self._fs.sync_dir(self._folder, "checkpoint.parent")
         self._fs.acknowledge(final, f"checkpoint {key}")
         state = json.loads(read_bytes(final / STATE) or b"{}")
-        self._shards.last_committed = layout.last_committed(key)
+        self._shards.built_on = parse_key(key)[0]
         self._newest = Checkpoint(key, final, state, manifest["state"] is not None, True, manifest)
         self._prune()
 

@@ -17,7 +17,7 @@ from iterative_sft_cli.rundir.fs import read_bytes, storage_error
 SELF = "self_sha256"
 """The key under which a document keeps the checksum of the rest of itself."""
 
-MAX_DOCUMENT_BYTES = 64 << 20
+MAX_DOCUMENT_BYTES = 256 << 20
 
 
 class Damage(Exception):

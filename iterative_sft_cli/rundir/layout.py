@@ -48,12 +48,12 @@ def is_partial(key: str) -> bool:
     return parse_key(key)[1] != WHOLE_ROUND
 
 
-def last_committed(key: str | None) -> int:
-    """The last round that is over when `key` is the newest checkpoint; -1 when none is."""
+def open_round(key: str | None) -> int:
+    """The first round that is not over when `key` is the newest checkpoint."""
     if key is None:
-        return -1
+        return 0
     number, step = parse_key(key)
-    return number if step == WHOLE_ROUND else number - 1
+    return number + 1 if step == WHOLE_ROUND else number
 
 
 def checkpoint_keys(run: Path) -> list[str]:

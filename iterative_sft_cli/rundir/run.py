@@ -18,7 +18,6 @@ from iterative_sft_cli.rundir.checkpoint import Checkpoint, read_copies
 from iterative_sft_cli.rundir.commit import Checkpoints
 from iterative_sft_cli.rundir.fs import FileSystem, read_bytes
 from iterative_sft_cli.rundir.integrity import Damage, render_document, stamp_bytes
-from iterative_sft_cli.rundir.layout import last_committed
 from iterative_sft_cli.rundir.ledger import AppendLog, Telemetry
 from iterative_sft_cli.rundir.lock import RunLock
 from iterative_sft_cli.rundir.outcome import write_outcome
@@ -61,9 +60,9 @@ class RunDir:
         self.telemetry = Telemetry(path / layout.TELEMETRY, fs)
         self.shards = Shards(path, fs, quarantine)
         if newest is not None:
+            self.shards.built_on = layout.parse_key(newest.key)[0]
             with contextlib.suppress(Damage):
                 self.shards.expected.update(read_copies(newest.path)[1])
-        self.shards.last_committed = last_committed(newest.key if newest else None)
         self.checkpoints = Checkpoints(path, fs, quarantine, self.ledger, self.stats, self.shards, newest)
         self.shards.before_seal = self.checkpoints.wait
 
@@ -140,7 +139,7 @@ class RunDir:
                 settle_log(path, fs, quarantine, file, newest)
             run = cls(path, fs, lock, marker, quarantine, newest)
             undo.callback(run._close_files)
-            run.shards.check_open_rounds()
+            run.shards.check_rounds(layout.open_round(newest.key if newest else None))
             undo.pop_all()
         return run
 

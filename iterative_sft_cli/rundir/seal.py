@@ -46,8 +46,8 @@ class ShardReader:
 class Shards:
     """The writer's side. `compress` makes new shards `.jsonl.gz`; `before_seal` is called before one is published.
 
-    `expected` names the shards that were there at the newest checkpoint or were sealed since; `last_committed` is the last
-    round that is over.
+    `expected` names the shards that were there at the newest checkpoint or were sealed since; `built_on` is the round of that
+    checkpoint, up to which a lost shard cannot be made again (the weights that made it are gone).
     """
 
     def __init__(self, run: Path, fs: FileSystem, quarantine: Quarantine) -> None:
@@ -57,7 +57,7 @@ class Shards:
         self.compress = False
         self.before_seal: Callable[[], None] = lambda: None
         self.expected: set[str] = set()
-        self.last_committed = -1
+        self.built_on = -1
 
     def seal(self, round_index: int, name: str, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
         """Publish a shard: on return it survives a power cut. Raises DataError when one of that name is there already, ValueError or TypeError
@@ -101,7 +101,7 @@ class Shards:
         """Rows and meta of a sealed shard, verified byte for byte. None when it is to be made (again): a torn or damaged one has been moved to
         quarantine.
 
-        Raises DataError when it is lost and its round is over, so that nothing would make it again.
+        Raises DataError when it is lost and a checkpoint was built on it, so that it must not be made again.
         """
         folder = round_folder(self._run, round_index)
         try:
@@ -109,7 +109,7 @@ class Shards:
         except Damage as damage:
             self._set_aside(round_index, name, f"{damage.path.name}: {damage.problem}")
             found = None
-        if found is None and round_index <= self.last_committed and shard_key(round_index, name) in self.expected:
+        if found is None and round_index <= self.built_on and shard_key(round_index, name) in self.expected:
             raise self._lost(round_index, name)
         return found
 
@@ -125,10 +125,10 @@ class Shards:
                 raise self._lost(round_index, key.partition("/")[2])
         return found
 
-    def check_open_rounds(self) -> None:
-        """Move to quarantine what is torn or damaged in the rounds that are not committed: what `names` tells of them can be read."""
+    def check_rounds(self, first: int) -> None:
+        """Move to quarantine what is torn or damaged from round `first` on: what `names` tells of them can be read."""
         for round_index in round_indices(self._run):
-            if round_index <= self.last_committed:
+            if round_index < first:
                 continue
             folder = round_folder(self._run, round_index)
             stems = {

@@ -94,7 +94,7 @@ def _checkpoint(run: Path, key: str, healthy: list[Checkpoint], *, newest: bool)
     try:
         files, _ = read_copies(path)
         for file in (layout.LEDGER, layout.STATS):
-            if stamp_bytes(files.get(file, b"")) != found.log_stamp(Path(file).stem):
+            if file in files and stamp_bytes(files[file]) != found.log_stamp(Path(file).stem):
                 yield Finding(
                     f"{layout.CHECKPOINTS}/{key}/{layout.COPIES}", f"its copy of {file} is not the one recorded"
                 )

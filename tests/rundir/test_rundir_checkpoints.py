@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from iterative_sft_cli.errors import DataError, StorageError
-from iterative_sft_cli.rundir import RunDir, fs, peek, verify
+from iterative_sft_cli.rundir import RunDir, commit, fs, peek, verify
 
 
 @pytest.fixture
@@ -261,6 +261,20 @@ def test_a_reader_needs_no_lock_and_changes_nothing(run: RunDir, monkeypatch: py
         view.shards.read(1, "generated-00000")
     with pytest.raises(DataError, match="missing"):
         view.checkpoint("0009")
+
+
+def test_a_huge_log_is_no_longer_copied_into_each_checkpoint(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "MAX_COPY_BYTES", 100)
+    run.ledger.append({"text": "x" * 200})
+    run.checkpoints.commit("0001", writer(), {})
+    assert verify(run.path) == []
+    path = run.path
+    run.close()
+    with RunDir.open(path) as again:
+        assert again.ledger.rows() == [{"text": "x" * 200}]
+    (path / "ledger.jsonl").write_text("{}")
+    with RunDir.open(path) as again:
+        assert again.checkpoints.newest() is None
 
 
 def swap(a: Path, b: Path) -> None:

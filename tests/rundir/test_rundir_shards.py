@@ -204,9 +204,21 @@ def test_a_lost_shard_is_missed_for_good(run: RunDir) -> None:
         assert [finding.path for finding in verify(path)] == ["rounds/0001/generated-00000"]
 
 
-def test_a_shard_that_is_lost_after_its_round_in_the_same_process_is_told(run: RunDir) -> None:
+@pytest.mark.parametrize("key", ["0001", "0001-000010"])
+def test_a_shard_that_is_lost_after_a_commit_of_the_same_process_is_told(run: RunDir, key: str) -> None:
     run.shards.seal(1, "verdicts-round", ROWS, META)
-    run.checkpoints.commit("0001", lambda folder: None, {})
+    run.checkpoints.commit(key, lambda folder: None, {})
     (run.path / "rounds" / "0001" / "verdicts-round.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="gone or damaged"):
         run.shards.read(1, "verdicts-round")
+
+
+def test_a_shard_sealed_after_a_save_inside_the_round_and_torn_is_made_again(run: RunDir) -> None:
+    run.checkpoints.commit("0001-000010", lambda folder: None, {})
+    run.shards.seal(1, "split-train", ROWS, META)
+    path = run.path
+    run.close()
+    (path / "rounds" / "0001" / "split-train.jsonl").write_text("{}\n")
+    with RunDir.open(path) as again:
+        assert again.shards.names(1) == []
+        assert again.shards.read(1, "split-train") is None
