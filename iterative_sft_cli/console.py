@@ -18,6 +18,8 @@ PLAIN_EVERY_S = 30.0
 """Seconds between two lines of a phase when there is no terminal."""
 TABLE_ROWS = 12
 """Newest rounds in the table that is shown after each round."""
+ENOUGH_SAMPLES = 64
+"""Finished samples from which on their own number is what is extrapolated."""
 ETA_AFTER_S = 12.0
 """Seconds of work after which the first estimate for the whole run is given."""
 
@@ -120,24 +122,30 @@ def round_cells(row: Mapping[str, Any], metric: str = "eval/pass@1") -> list[str
 
 
 class Estimate:
-    """Predicts the wall time of the whole run from the samples made so far; training is taken to last three times as long as generation."""
+    """Predicts the wall time of the whole run from the tokens made so far; training is taken to last three times as long as generation."""
 
-    def __init__(self, rounds: int, first_round: int, eval_samples: int, samples: int) -> None:
+    def __init__(self, rounds: int, first_round: int, eval_samples: int, samples: int, max_new_tokens: int) -> None:
         rounds_left = rounds - max(first_round, 1) + 1
         evals_left = rounds_left + (1 if first_round == 0 else 0)
-        self._work = evals_left * eval_samples + rounds_left * samples * 4
+        self._samples = evals_left * eval_samples + rounds_left * samples * 4
+        self._max_new_tokens = max_new_tokens
         self._start = time.monotonic()
         self._done = 0
+        self._tokens = 0
         self.said = False
 
-    def add(self, num_samples: int) -> float | None:
-        """Count samples; the estimate in seconds once enough was seen, the first time only."""
+    def add(self, num_samples: int, num_tokens: int) -> float | None:
+        """Count work done; the estimate in seconds once enough was seen, the first time only."""
         self._done += num_samples
+        self._tokens += num_tokens
         elapsed = time.monotonic() - self._start
-        if self.said or not self._done or elapsed < ETA_AFTER_S:
+        if self.said or not (self._done or self._tokens) or elapsed < ETA_AFTER_S:
             return None
         self.said = True
-        return self._work * elapsed / self._done
+        if self._done >= ENOUGH_SAMPLES or not self._tokens:
+            return self._samples * elapsed / self._done
+        # the first samples to finish are the short ones: until there are enough, half the limit is taken as their length
+        return self._samples * self._max_new_tokens / 2 * elapsed / self._tokens
 
 
 class PhaseView:
@@ -157,7 +165,7 @@ class PhaseView:
         self.tokens += tokens
         self.console.tick(self)
         if self.name != "train":
-            self.console._estimate_run(amount)
+            self.console._estimate_run(amount, tokens)
 
     @property
     def seconds(self) -> float:
@@ -198,10 +206,17 @@ class Console:
         return self._rich
 
     def expect(
-        self, *, rounds: int, first_round: int, eval_samples: int, samples: int, smaller: str | None = None
+        self,
+        *,
+        rounds: int,
+        first_round: int,
+        eval_samples: int,
+        samples: int,
+        max_new_tokens: int,
+        smaller: str | None = None,
     ) -> None:
         """Tell how much work the run has, for the estimate; `smaller` names a config to suggest when it takes over 10 minutes."""
-        self._estimate = Estimate(rounds, first_round, eval_samples, samples)
+        self._estimate = Estimate(rounds, first_round, eval_samples, samples, max_new_tokens)
         self._smaller = smaller
 
     def note(self, text: str) -> None:
@@ -252,8 +267,8 @@ class Console:
             tail = f" ({', '.join(parts)})" if parts else ""
             self._print(f"round {view.round_index} {view.name}: {view.done} of {view.total} {view.unit}{tail}")
 
-    def _estimate_run(self, num_samples: int) -> None:
-        seconds = self._estimate.add(num_samples) if self._estimate is not None else None
+    def _estimate_run(self, num_samples: int, num_tokens: int) -> None:
+        seconds = self._estimate.add(num_samples, num_tokens) if self._estimate is not None else None
         if seconds is None:
             return
         self.note(f"estimate: about {duration(seconds)} for the whole run on this machine")

@@ -247,6 +247,7 @@ def announce(stages: Any, loaded: LoadedConfig, view: Console) -> None:
         eval_samples=len(stages.eval_prompts) * int(per_prompt),
         samples=num_per_round(at_first.prompts.per_round, len(stages.prompts))
         * int(at_first.generate.samples_per_prompt),
+        max_new_tokens=int(at_first.generate.max_new_tokens),
         smaller=smaller_version(loaded.path),
     )
 

@@ -15,10 +15,6 @@ from iterative_sft_cli.config.schema import Config
 
 NOT_YET: dict[str | tuple[str, Any], str] = {
     "eval.lm_eval": "tasks of lm-evaluation-harness",
-    "generate.engine": "engines other than transformers",
-    "generate.openai": "engines other than transformers",
-    "generate.startup_timeout_s": "engines other than transformers",
-    "generate.vllm": "engines other than transformers",
     "samples.compress": "compressed samples",
     "samples.keep": "dropping stored samples",
     "train.parallel": "training over several processes",

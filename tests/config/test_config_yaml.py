@@ -107,7 +107,7 @@ def test_hostile_yaml_is_refused_where_it_goes_wrong(
     source, line, column, piece = HOSTILE[name]
     started = time.perf_counter()
     found = problems(tmp_path, text=source)
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 10
     hits = [text for text in found if piece in text]
     assert hits, found
     if name != "half a surrogate pair":
