@@ -62,7 +62,15 @@ class Link:
         data = int(memory_gb * 2**30) if memory_gb and device in (None, "cpu") else None
         given = processes.environment(env, device=device, threads=threads, mark=self._mark)
         self.process = processes.start(given, Path(self._scratch.name), data_bytes=data)
-        self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_replies, self._read_output)]
+        assert self.process.stdout is not None and self.process.stderr is not None
+        # each reader owns its descriptor, so that none is closed, and its number used again, under a reader
+        replies, output = os.dup(self.process.stdout.fileno()), os.dup(self.process.stderr.fileno())
+        self.process.stdout.close()
+        self.process.stderr.close()
+        self._readers = [
+            threading.Thread(target=self._read_replies, args=(replies,), daemon=True),
+            threading.Thread(target=self._read_output, args=(output,), daemon=True),
+        ]
         for reader in self._readers:
             reader.start()
         watchdog.add(self)
@@ -149,26 +157,23 @@ class Link:
         self._watchdog.remove(self)
         self.deadline = None
         processes.end(self.process, self._mark)
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
-            with contextlib.suppress(OSError):
-                if stream is not None:
-                    stream.close()
+        with contextlib.suppress(OSError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
         self._scratch.cleanup()
 
-    def _read_replies(self) -> None:
-        assert self.process.stdout is not None
+    def _read_replies(self, descriptor: int) -> None:
         try:
-            with os.fdopen(os.dup(self.process.stdout.fileno()), "rb") as stream:
+            with os.fdopen(descriptor, "rb") as stream:
                 while (reply := read_frame(stream, MAX_REPLY_BYTES)) is not None:
                     self._frames.put(reply)
         except (BrokenWire, OSError, ValueError) as error:
             self._frames.put(Died(f"it wrote into the connection to isft ({error})"))
         self._frames.put(None)
 
-    def _read_output(self) -> None:
-        assert self.process.stderr is not None
-        with contextlib.suppress(OSError, ValueError):
-            while chunk := os.read(self.process.stderr.fileno(), 1 << 16):
+    def _read_output(self, descriptor: int) -> None:
+        with contextlib.suppress(OSError, ValueError), os.fdopen(descriptor, "rb", buffering=0) as stream:
+            while chunk := stream.read(1 << 16):
                 self._tail = (self._tail + chunk)[-TAIL_BYTES:]
                 self._printed += len(chunk)
                 if self._printed > MAX_OUTPUT_BYTES and not self._closed:

@@ -196,12 +196,26 @@ class Worker:
         """Work off `first` and what can be sent ahead behind it."""
         held: deque[Task] = deque([first])
         try:
+            self._work_off(held)
+        except IsftError:
+            self.pool.give_back(list(held))
+            raise
+        except Exception as error:
+            # a fault of ours: no call may be left without an answer
+            for task in held:
+                if not task.future.done():
+                    task.future.set_exception(error)
+            raise
+
+    def _work_off(self, held: deque[Task]) -> None:
+        """A task leaves `held` when its call is answered, or when it is handed back to the pool."""
+        try:
             if self._link is not None and self._link.process.poll() is not None:
                 # it ended between two calls, which is no sample's fault
                 self._discard()
             link = self._link or self._start()
             link.watch(self.pool.one.timeout_s)
-            link.write(first.frame)
+            link.write(held[0].frame)
             while held:
                 while (more := self.pool.take(block=False, held=len(held))) is not None:
                     held.append(more)
@@ -213,10 +227,8 @@ class Worker:
             self._discard()
             head = held.popleft()
             self.pool.give_back(list(held))
+            held.clear()
             self.pool.failed(head, str(death), tail)
-        except IsftError:
-            self.pool.give_back(list(held))
-            raise
 
     def _settle(self, link: Link, held: deque[Task], reply: dict[str, Any]) -> bool:
         """Apply a reply to the first task held; False when the process must not be used again."""

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def _lower(what: int, value: int) -> None:
 
 
 def end(process: subprocess.Popen[bytes], mark: str) -> None:
-    """Kill a worker, its session, its descendants, and every process that carries its mark."""
+    """Kill a worker, its session, its descendants, and every process that carries its mark. Returns within seconds."""
     # by parents too: a process has no environment for a moment while it starts another program
     below = descendants(process.pid) if process.poll() is None else []
     if POSIX:
@@ -107,11 +108,20 @@ def end(process: subprocess.Popen[bytes], mark: str) -> None:
             os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError, OSError):
         process.kill()
-    for pid in {*below, *marked(mark)}:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    _kill_all(below)
+    if LINUX:
+        # reading another process's environment can wait for that process
+        sweep = threading.Thread(target=lambda: _kill_all(marked(mark)), daemon=True)
+        sweep.start()
+        sweep.join(2)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
+
+
+def _kill_all(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
@@ -137,11 +147,24 @@ def marked(mark: str) -> list[int]:
     needle = f"{MARK}={mark}\0".encode()
     found = []
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
+        # a worker's mark is never older than this process
+        if entry.isdigit() and int(entry) != os.getpid() and _started(entry) >= _STARTED:
             with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
                 if needle in file.read() + b"\0":
                     found.append(int(entry))
     return found
+
+
+def _started(pid: str) -> int:
+    """When a process started, in clock ticks since boot; -1 when it is gone or nobody can tell."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return -1
+
+
+_STARTED = _started("self")
 
 
 def usage(sessions: Sequence[int]) -> dict[int, tuple[int, int]]:
