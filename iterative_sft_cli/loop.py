@@ -20,7 +20,7 @@ from iterative_sft_cli.rounds.gather import Gathered, gather_rows
 from iterative_sft_cli.rounds.history import choose_prompts
 from iterative_sft_cli.rounds.judge import judge_round
 from iterative_sft_cli.rounds.search import tune
-from iterative_sft_cli.rounds.sources import live_hash, sources_of
+from iterative_sft_cli.rounds.sources import live_hash, reads_warmup, sources_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.rounds.training import (
     commit_round,
@@ -97,6 +97,7 @@ def set_retention(stages: Stages, config: Any) -> None:
         config.checkpoints.keep,
         round_key(best) if keep_best and best is not None else None,
         needs_state=config.train.start_from == "previous",
+        also=[round_key(0)] if reads_warmup(stages.config) else [],
     )
 
 

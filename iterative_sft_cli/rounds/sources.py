@@ -19,6 +19,19 @@ def sources_of(stages: Stages, config: Any) -> list[Source]:
     return [source_of(stages, config, one.model, float(one.share)) for one in wanted]
 
 
+def reads_warmup(config: Any) -> bool:
+    """Whether some round starts from the warm-up's checkpoint or generates with it."""
+    if config.warmup is None:
+        return False
+    for round_index in range(1, config.rounds + 1):
+        at = config.at_round(round_index)
+        wanted = at.generate.from_
+        names = [wanted] if isinstance(wanted, str) else [one.model for one in wanted]
+        if at.train.start_from == "warmup" or "warmup" in names:
+            return True
+    return False
+
+
 def source_of(stages: Stages, config: Any, name: str, share: float) -> Source:
     """One source: `current`, `base`, `best`, `warmup`, or a model that was found when the run was built."""
     if name == "current":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -123,12 +123,14 @@ class Checkpoints:
             self._quarantine.move(path, f"{damage.path.relative_to(path)}: {damage.problem}")
             return None
 
-    def retain(self, keep: int, best: str | None = None, needs_state: bool = True) -> None:
-        """Set what stays, now and after each later commit: `keep` whole rounds, and `best`. Until the first call nothing is removed.
+    def retain(
+        self, keep: int, best: str | None = None, needs_state: bool = True, also: Sequence[str] = ()
+    ) -> None:
+        """Set what stays, now and after each later commit: `keep` whole rounds, `best`, and the keys in `also`. Until the first call nothing is removed.
 
         Without `needs_state` a whole round's `state/` is not kept at all. Raises ValueError for a `keep` under 1.
         """
-        self._policy = Policy(keep, best)
+        self._policy = Policy(keep, best, tuple(also))
         self._needs_state = needs_state
         self._prune_due = True
         if self._pending is None:

@@ -13,10 +13,11 @@ NUM_WITH_STATE = 2
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the config asks: `keep` rounds, and `best`, a key or None."""
+    """What the config asks: `keep` rounds, `best`, a key or None, and `also`, keys that later rounds start from."""
 
     keep: int = 2
     best: str | None = None
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ValueError for a `keep` under 1."""
@@ -25,7 +26,7 @@ class Policy:
 
 
 def kept_keys(keys: Sequence[str], policy: Policy) -> list[str]:
-    """The keys that stay, oldest first: the newest `keep` whole rounds, the best, and saves inside the round in progress.
+    """The keys that stay, oldest first: the newest `keep` whole rounds, the best, those in `also`, and saves inside the round in progress.
 
     Of those saves the newest stays, and the one before it as long as no whole round is there to fall back to.
     """
@@ -35,7 +36,7 @@ def kept_keys(keys: Sequence[str], policy: Policy) -> list[str]:
     last = parse_key(rounds[-1]) if rounds else (-1, 0)
     partial = [key for key in ordered if is_partial(key) and parse_key(key) > last]
     keep.update(partial[-1:] if rounds else partial[-2:])
-    return [key for key in ordered if key in keep or key == policy.best]
+    return [key for key in ordered if key in keep or key == policy.best or key in policy.also]
 
 
 def stateless_keys(kept: Sequence[str]) -> list[str]:

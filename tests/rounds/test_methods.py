@@ -264,3 +264,13 @@ def test_logprobs_are_kept_for_the_objective_that_reads_them(toy, tmp_path):
     run(toy(rounds=1, generate={"keep_logprobs": True}))
     made = rows(tmp_path / "run" / "rounds" / "0001" / "generated-00000.jsonl")
     assert all(len(row["token_logprobs"]) == len(row["completion_ids"]) for row in made)
+
+
+def test_the_warm_up_stays_as_long_as_rounds_start_from_it(toy, tmp_path):
+    (tmp_path / "seed.jsonl").write_text('{"prompt": "1+1", "completion": "The answer is 2."}\n' * 8)
+    run(toy(rounds=5, warmup={"path": "seed.jsonl"}, train={"start_from": "warmup"}))
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept[0] == "0000" and kept[-1] == "0005" and len(kept) <= 4
+    warm = json.loads((tmp_path / "run" / "checkpoints" / "0000" / "model.json").read_text())["steps"]
+    last = json.loads((tmp_path / "run" / "checkpoints" / "0005" / "model.json").read_text())["steps"]
+    assert last == warm + rows(tmp_path / "run" / "stats.jsonl")[-1]["train/num_steps"]
