@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli import __version__
@@ -18,11 +20,12 @@ def model_card(run: Run, key: str, *, adapter: bool) -> str:
     stats = [row for row in run.stats if row["round"] <= index]
     settings, environment = run.settings, run.view.environment
     metric = run.metric
-    base = cell(run.model_name)
+    hub_id = base_on_hub(run)
+    base = cell(hub_id or Path(run.model_name).name)
     filters = ", ".join(f"`{cell(entry.name)}`" for entry in settings.filters) or "none"
     lines = [
         "---",
-        f"base_model: {json.dumps(one_line(run.model_name, 200))}",
+        *([f"base_model: {json.dumps(hub_id)}"] if hub_id else []),
         f"library_name: {'peft' if adapter else 'transformers'}",
         "tags: [isft, iterative-sft]",
         "---",
@@ -57,6 +60,13 @@ def model_card(run: Run, key: str, *, adapter: bool) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def base_on_hub(run: Run) -> str | None:
+    """The hub id of the base model; None for a local folder, whose path is nobody's business."""
+    name = run.settings.model.path or ""
+    local = any((root / name).exists() for root in (run.base_dir, Path()))
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not local else None
 
 
 def evaluation(stats: list[dict[str, Any]], metric: str) -> list[str]:

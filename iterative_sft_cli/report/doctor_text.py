@@ -43,7 +43,7 @@ def print_findings(rich: Any, found: dict[str, Any]) -> None:
     for check in sorted(found["checks"], key=lambda check: check["ok"] is False):
         word, style = MARKS[check["ok"]]
         line = Text(f"{word:>3} ", style=style)
-        line.append(safe_text(f"{check['name']}: {check['detail']}"), style="default")
+        line.append(safe_text(f"{check['name'].replace('_', ' ')}: {check['detail']}"), style="default")
         rich.print(line, soft_wrap=True)
         if check["mend"]:
             rich.print(Text(safe_text(f"    mend: {check['mend']}"), style="bold"), soft_wrap=True)

@@ -80,7 +80,9 @@ def content(run: Run, limit: int) -> dict[str, Any]:
         "stats_rounds": [row["round"] for row in stats],
         "config": source[:MAX_CONFIG],
         "resolved": json.dumps(run.config, indent=1)[:MAX_CONFIG],
-        "environment": json.dumps(run.view.environment, indent=1, sort_keys=True)[:MAX_CONFIG],
+        "environment": json.dumps(
+            {key: value for key, value in run.view.environment.items() if key != "config_dir"}, indent=1, sort_keys=True
+        )[:MAX_CONFIG],
         "version": __version__,
     }
 

@@ -112,14 +112,17 @@ def find_template(tokenizer: Any) -> tuple[str, str | None]:
         shown = [_shown(tokenizer, messages) for messages in _PROBES]
     except Exception as error:  # templates are data: they raise what they like
         raise DataError(f"the chat template cannot be rendered: {error}", hint="--to hf exports it as it is") from error
-    for shape in SHAPES:
-        plain = [shape.render(messages) for messages in _PROBES]
-        if shown == plain:
-            return shape.go, None
-        if all(text.endswith(rest) for text, rest in zip(shown, plain, strict=True)):
-            system = _system_in(shape, shown[0].removesuffix(plain[0]))
-            if system is not None:
-                return shape.go, system
+    # where the tokenizer puts a bos token in front by itself, so does Ollama, and its template must not
+    bos = tokenizer.bos_token or ""
+    for texts in (shown, [text.removeprefix(bos) for text in shown]):
+        for shape in SHAPES:
+            plain = [shape.render(messages) for messages in _PROBES]
+            if texts == plain:
+                return shape.go, None
+            if all(text.endswith(rest) for text, rest in zip(texts, plain, strict=True)):
+                system = _system_in(shape, texts[0].removesuffix(plain[0]))
+                if system is not None:
+                    return shape.go, system
     raise DataError(
         "no template in Ollama's language is known that renders as this model's chat template does",
         expected=f"one of the shapes {', '.join(shape.name for shape in SHAPES)}",
@@ -128,9 +131,7 @@ def find_template(tokenizer: Any) -> tuple[str, str | None]:
 
 
 def _shown(tokenizer: Any, messages: Sequence[Message]) -> str:
-    text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-    # Ollama puts the bos token in front by itself
-    return text.removeprefix(tokenizer.bos_token or "")
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
 
 def _system_in(shape: Shape, head: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ class Bench:
         self.engine.heartbeat = _nothing
         self.learner.heartbeat = _nothing
         self.learner.offload()
-        self.engine.begin(weights)
+        with quiet() if self.model is not None else nullcontext():
+            self.engine.begin(weights)
         try:
             plan = self.engine.plan(requests, decoding)
             made: list[list[Any]] = [[None] * num_samples for _ in prompts]
@@ -82,6 +84,13 @@ def open_bench(config: Any, base_dir: Path) -> Bench:
         config.generate, loaded=model, encoder=encoder, base_dir=base_dir, run_dir=None, seed=config.seed
     )
     return Bench(config, encoder, eval_encoder, learner, engine, model)
+
+
+def quiet() -> AbstractContextManager[None]:
+    """Without the progress bars of loading."""
+    from iterative_sft_cli.model_load import quiet as without_bars
+
+    return without_bars()
 
 
 def _nothing(num_tokens: int) -> None:

@@ -136,6 +136,18 @@ def test_chat_templates_are_recognised_by_what_they_render(template, shape, syst
         assert shape in text and found == system
 
 
+def test_a_bos_token_that_opens_every_turn_is_not_taken_away():
+    from tiny import CHATML, tiny_tokenizer
+
+    from iterative_sft_cli.report.ollama import find_template
+
+    tokenizer = tiny_tokenizer(template=CHATML)
+    tokenizer.bos_token = "<|im_start|>"  # as SmolLM2's
+    assert find_template(tokenizer)[1] is None and "<|im_start|>" in find_template(tokenizer)[0]
+    tokenizer = tiny_tokenizer(template="{{ '<|bos|>' }}" + CHATML)
+    assert "<|bos|>" not in find_template(tokenizer)[0]
+
+
 def test_gguf_is_left_to_its_converter(full, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("LLAMA_CPP", raising=False)
@@ -214,6 +226,17 @@ def test_the_card_cannot_be_broken_by_names(done, monkeypatch):
     card = model_card(Run.open(done), "0003", adapter=False)
     assert card.splitlines()[:2][0] == "---" and card.splitlines().count("---") == 2
     assert "<script>" not in card.partition("---\n\n")[2] and "\x1b" not in card
+
+
+def test_the_card_names_a_hub_model_and_no_local_path(full):
+    from iterative_sft_cli.report.card import model_card
+
+    run = Run.open(full)
+    card = model_card(run, "0001", adapter=False)
+    assert str(Path(run.model_name).parent) not in card and "base_model" not in card and "model, trained in 1" in card
+    section = run.settings.model.model_copy(update={"path": "acme/tiny"})
+    run.__dict__["settings"] = run.settings.model_copy(update={"model": section})
+    assert 'base_model: "acme/tiny"' in model_card(run, "0001", adapter=False)
 
 
 def test_which_checkpoint(done, tmp_path, capsys):
