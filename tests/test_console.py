@@ -31,9 +31,13 @@ def screen(text: str) -> str:
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_no_payload_reaches_the_terminal(payload):
     out = screen(f"before {payload} after")
-    bad = [c for c in out if (ord(c) < 0x20 and c not in "\n\t") or 0x7F <= ord(c) <= 0x9F or 0xD800 <= ord(c) <= 0xDFFF]
+    bad = [
+        c for c in out if (ord(c) < 0x20 and c not in "\n\t") or 0x7F <= ord(c) <= 0x9F or 0xD800 <= ord(c) <= 0xDFFF
+    ]
     assert not bad
-    assert not set(out) & set("\u202e\u2066\u2069\u200b\u200c\u200d\ufeff\u2028\u2029\u061c\u00ad\u180e\u3164\U000e0041")
+    assert not set(out) & set(
+        "\u202e\u2066\u2069\u200b\u200c\u200d\ufeff\u2028\u2029\u061c\u00ad\u180e\u3164\U000e0041"
+    )
     assert "before" in out and "after" in out
 
 
