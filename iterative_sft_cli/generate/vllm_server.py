@@ -57,7 +57,8 @@ def serve_command(
     python: str | None, model: Path, *, port: int, settings: Any, adapter_rank: int | None, dtype: str
 ) -> list[str]:
     """The command line of `vllm serve`; `settings` is a `VllmConfig`."""
-    start = [python, "-m", "vllm.entrypoints.cli.main"] if python else ["vllm"]
+    # the module, not the command line around it: that one fails where the distribution is not called vllm (the CPU build's is not)
+    start = [python, "-m", "vllm.entrypoints.openai.api_server", "--model"] if python else ["vllm", "serve"]
     options: dict[str, Any] = {
         "host": "127.0.0.1",
         "port": port,
@@ -72,7 +73,7 @@ def serve_command(
     if adapter_rank is not None:
         options |= {"enable-lora": True, "max-lora-rank": max(adapter_rank, 8), "max-loras": 1}
     options |= {str(name).lstrip("-").replace("_", "-"): value for name, value in settings.args.items()}
-    command = [*start, "serve", str(model)]
+    command = [*start, str(model)]
     for name, value in options.items():
         if value is True:
             command.append(f"--{name}")

@@ -123,9 +123,7 @@ class Checkpoints:
             self._quarantine.move(path, f"{damage.path.relative_to(path)}: {damage.problem}")
             return None
 
-    def retain(
-        self, keep: int, best: str | None = None, needs_state: bool = True, also: Sequence[str] = ()
-    ) -> None:
+    def retain(self, keep: int, best: str | None = None, needs_state: bool = True, also: Sequence[str] = ()) -> None:
         """Set what stays, now and after each later commit: `keep` whole rounds, `best`, and the keys in `also`. Until the first call nothing is removed.
 
         Without `needs_state` a whole round's `state/` is not kept at all. Raises ValueError for a `keep` under 1.
