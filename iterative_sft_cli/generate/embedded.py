@@ -21,7 +21,8 @@ from iterative_sft_cli.generate.embedded_lean import LeanDecoder, refusal
 from iterative_sft_cli.generate.embedded_module import ATTENTION, Decoder, ModuleDecoder
 from iterative_sft_cli.generate.embedded_plan import make_plan
 from iterative_sft_cli.generate.embedded_probe import EXACT, decoder_error, difference, expected, granted
-from iterative_sft_cli.generate.embedded_shard import Shard
+from iterative_sft_cli.generate.embedded_shard import Shard, schedule
+from iterative_sft_cli.generate.embedded_streams import deal, run_streams
 from iterative_sft_cli.generate.embedded_weights import Replica, can_merge
 from iterative_sft_cli.types import Completion, Decoding, Request
 
@@ -85,6 +86,7 @@ class EmbeddedEngine:
             context_length=self.loaded.context_length,
             device=str(self.loaded.device),
             threads=self._threads,
+            shareable=self._decoder is not None and self._decoder.twin() is not None,
         )
 
     def generate(self, requests: Sequence[Request], decoding: Decoding, plan: dict[str, Any]) -> Iterator[Completion]:
@@ -125,15 +127,27 @@ class EmbeddedEngine:
                 heartbeat=self.heartbeat,
             )
             return
-        shard = Shard(
-            self._decoder,
-            decoding,
-            plan,
-            context_length=self.loaded.context_length,
-            decode_text=self.encoder.decode,
-            heartbeat=self.heartbeat,
-        )
-        yield from shard.run(requests)
+        streams = min(int(plan.get("streams", 1)), int(plan["max_rows"]))
+        decoders = [self._decoder, *(self._decoder.twin() for _ in range(streams - 1))]
+        shards = [
+            Shard(
+                decoder,
+                decoding,
+                plan,
+                context_length=self.loaded.context_length,
+                decode_text=self.encoder.decode,
+                streams=streams,
+            )
+            for decoder in decoders
+            if decoder is not None
+        ]
+        pieces = schedule(requests, shards[0].max_rows)
+        if streams == 1:
+            shards[0].heartbeat = self.heartbeat
+            yield from shards[0].run(pieces)
+        else:
+            threads = max(int(plan["threads"]) // streams, 1)
+            yield from run_streams(shards, deal(pieces, streams), threads, self.heartbeat)
 
     def _compute_dtype(self) -> torch.dtype:
         dtype = self.loaded.compute_dtype

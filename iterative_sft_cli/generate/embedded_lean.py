@@ -7,6 +7,7 @@ by `refusal`, and `embedded_probe` compares the numbers with the model's own for
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,6 +186,12 @@ class LeanDecoder:
     def reset(self) -> None:
         """See `Decoder.reset`."""
         self._cache = None
+
+    def twin(self) -> LeanDecoder:
+        """See `Decoder.twin`."""
+        other = copy.copy(self)
+        other.reset()
+        return other
 
 
 class _Table:

@@ -41,6 +41,9 @@ class Decoder(Protocol):
     def reset(self) -> None:
         """Forget every row and free the cache."""
 
+    def twin(self) -> Decoder | None:
+        """Another decoder over the same weights, for another thread; None when the model's code may not be shared so."""
+
 
 class _BlockLayer(CacheLayerMixin):  # type: ignore[misc]
     """Hands new keys and values on as they are: `blocks_attention` stores them."""
@@ -174,3 +177,7 @@ class ModuleDecoder:
         """See `Decoder.reset`."""
         self._cache = None
         self._adapter = None
+
+    def twin(self) -> Decoder | None:
+        """See `Decoder.twin`: nobody promises that a model's own forward may run twice at a time."""
+        return None

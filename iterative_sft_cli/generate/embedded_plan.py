@@ -11,7 +11,10 @@ from typing import Any
 
 from iterative_sft_cli.types import Decoding, Request
 
-MAX_ROWS_CPU = 128
+ROWS_A_STREAM = 128
+"""Rows at once in each of the streams that a shard's decoding is dealt to on a CPU."""
+LEAST_ROWS_A_STREAM = 16
+"""A shard with fewer rows for each has fewer streams, with more threads in each."""
 MAX_ROWS_CUDA = 512
 PREFILL_TOKENS_CPU = 512
 PREFILL_TOKENS_CUDA = 8192
@@ -47,13 +50,16 @@ def make_plan(
     context_length: int,
     device: str,
     threads: int,
+    shareable: bool,
 ) -> dict[str, Any]:
     """See the module's docstring. `bytes_per_position` is what one token of one row takes in the cache."""
     memory = total_memory(device) * CACHE_SHARE if memory_gb == "auto" else float(memory_gb) * 2**30
     positions = max(int(memory // max(bytes_per_position, 1)), 1)
     cuda = device.startswith("cuda")
     num_samples = sum(len(request.seeds) for request in requests)
-    rows = max(1, min(MAX_ROWS_CUDA if cuda else MAX_ROWS_CPU, num_samples))
+    # one thread a stream: small operations need no barrier, and a busy core slows only its own stream
+    streams = 1 if cuda or not shareable else max(1, min(threads, num_samples // LEAST_ROWS_A_STREAM))
+    rows = max(1, min(MAX_ROWS_CUDA if cuda else ROWS_A_STREAM * streams, num_samples))
     longest = min(max((len(r.prompt_ids) for r in requests), default=1) + decoding.max_new_tokens, context_length)
     # rows are admitted by what they hold, so twice as many as would fit at full length may start
     rows = max(1, min(rows, 2 * positions // max(longest, 1)))
@@ -62,6 +68,7 @@ def make_plan(
         "cache_tokens_per_row": max(positions // rows, longest if rows == 1 else 1),
         "prefill_tokens": PREFILL_TOKENS_CUDA if cuda else PREFILL_TOKENS_CPU,
         "admit_rows": max(1, rows // 8),
+        "streams": min(streams, rows),
         "order": "longest_prompt_first",
         "threads": threads,
     }

@@ -48,19 +48,30 @@ class Row:
         )
 
 
-def schedule(requests: Sequence[Request], max_rows: int) -> list[tuple[Request, list[int]]]:
+Piece = tuple[Request, list[int]]
+"""A prompt and the positions of the samples of it that are admitted together."""
+
+
+def schedule(requests: Sequence[Request], max_rows: int) -> list[Piece]:
     """The admission order: longest prompts first (memory is asked for early, prompts of like length share a prefill), each
     with positions into its samples, split where one prompt has more samples than there are rows."""
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
-    pieces: list[tuple[Request, list[int]]] = []
+    pieces: list[Piece] = []
     for i in order:
         wanted = range(len(requests[i].sample_indices))
         pieces.extend((requests[i], list(wanted[at : at + max_rows])) for at in range(0, len(wanted), max_rows))
     return pieces
 
 
+def _no_heartbeat(num_tokens: int) -> None:
+    """Until the caller sets its own."""
+
+
 class Shard:
-    """Runs one shard over a decoder. `budget` is how many cache positions (rows x longest row) may be held."""
+    """Runs a shard, or one of `streams` equal shares of it, over a decoder.
+
+    `budget` is how many positions the cache may hold; `heartbeat` is called after every step with the tokens it made.
+    """
 
     def __init__(
         self,
@@ -70,26 +81,26 @@ class Shard:
         *,
         context_length: int,
         decode_text: Callable[[Sequence[int]], str],
-        heartbeat: Callable[[int], None] | None = None,
+        streams: int = 1,
     ) -> None:
         self.decoder = decoder
         self.decoding = decoding
-        self.max_rows = int(plan["max_rows"])
+        self.max_rows = max(int(plan["max_rows"]) // streams, 1)
         self.budget = self.max_rows * int(plan["cache_tokens_per_row"])
         self.prefill_tokens = int(plan["prefill_tokens"])
-        self.admit_rows = int(plan["admit_rows"])
+        self.admit_rows = max(int(plan["admit_rows"]) // streams, 1)
         self.context_length = context_length
         self.sampler = Sampler(decoding)
         self.eos = frozenset(decoding.eos_token_ids)
         self.decode_text = decode_text
-        self.heartbeat = heartbeat
+        self.heartbeat: Callable[[int], None] = _no_heartbeat
         self.rows: list[Row] = []
         self.preempted: list[Row] = []
 
-    def run(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        """Yield completions as they finish."""
-        waiting: list[tuple[Request, list[int]]] = []
-        for request, samples in schedule(requests, self.max_rows):
+    def run(self, pieces: Sequence[Piece]) -> Iterator[Completion]:
+        """Yield completions as they finish. `pieces` come from `schedule` with at most `max_rows` samples each."""
+        waiting: list[Piece] = []
+        for request, samples in pieces:
             if len(request.prompt_ids) >= self.context_length or self.decoding.max_new_tokens < 1:
                 reason = PROMPT_TOO_LONG if len(request.prompt_ids) >= self.context_length else LENGTH
                 for k in samples:
@@ -107,7 +118,7 @@ class Shard:
             self.decoder.reset()
             self.rows = []
 
-    def _admit(self, waiting: list[tuple[Request, list[int]]]) -> Iterator[Completion]:
+    def _admit(self, waiting: list[Piece]) -> Iterator[Completion]:
         """Prefill what fits, once enough rows are free."""
         free = self.max_rows - len(self.rows)
         if self.rows and free < min(self.admit_rows, self.max_rows):
@@ -142,7 +153,7 @@ class Shard:
         # a row that was sent back has its next token already
         fresh = [i for i in range(len(prompt_of_row)) if not self.rows[start + i].ids]
         self._draw([start + i for i in fresh], features, [prompt_of_row[i] for i in fresh])
-        self._beat(len(fresh))
+        self.heartbeat(len(fresh))
         yield from self._retire([start + i for i in fresh])
 
     def _row(self, request: Request, k: int) -> Row:
@@ -156,12 +167,8 @@ class Shard:
         features = self.decoder.decode([row.ids[-1] for row in self.rows])
         everyone = list(range(len(self.rows)))
         self._draw(everyone, features, everyone)
-        self._beat(len(everyone))
+        self.heartbeat(len(everyone))
         yield from self._retire(everyone)
-
-    def _beat(self, num_tokens: int) -> None:
-        if self.heartbeat is not None:
-            self.heartbeat(num_tokens)
 
     def _make_room(self) -> None:
         """Before a new block of the cache is opened: send the youngest rows back to the queue while it would not fit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +237,50 @@ def test_the_number_of_threads_is_the_plans_and_is_put_back(engine: EmbeddedEngi
     assert torch.get_num_threads() == before + 1
     list(iterator)
     assert torch.get_num_threads() == before
+
+
+def test_streams_make_the_same_samples(engine: EmbeddedEngine) -> None:
+    requests = requests_of([5, 9, 4, 7, 12, 6, 3], samples=5)
+    decoding = Decoding(max_new_tokens=25, eos_token_ids=(9, 30), keep_logprobs=True)
+    alone = run(engine, requests, decoding, streams=1, max_rows=12)
+    beats: list[int] = []
+    engine.heartbeat = beats.append
+    side_by_side = run(engine, requests, decoding, streams=3, max_rows=12)
+    engine.heartbeat = lambda num_tokens: None
+    assert {k: c.token_ids for k, c in side_by_side.items()} == {k: c.token_ids for k, c in alone.items()}
+    assert sum(beats) == sum(len(c.token_ids) for c in alone.values())
+    assert run(engine, requests, decoding, streams=3, max_rows=12) == side_by_side
+    assert run(engine, requests, decoding, streams=3, max_rows=2).keys() == alone.keys()
+
+
+def test_an_error_in_one_stream_ends_all(engine: EmbeddedEngine) -> None:
+    requests = requests_of([5, 9, 4, 7], samples=5)
+    assert engine._decoder is not None
+    twin = engine._decoder.twin
+
+    def broken() -> Any:
+        decoder = twin()
+        decoder.decode = lambda tokens: (_ for _ in ()).throw(MemoryError("x"))  # type: ignore[union-attr]
+        return decoder
+
+    engine._decoder.twin = broken  # type: ignore[method-assign]
+    threads = threading.active_count()
+    with pytest.raises(EngineOutOfMemory):
+        run(engine, requests, Decoding(max_new_tokens=25), streams=2, max_rows=20)
+    del engine._decoder.twin
+    assert threading.active_count() == threads
+
+
+def test_the_loops_stop_ends_all_streams(engine: EmbeddedEngine) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(num_tokens: int) -> None:
+        raise Stop
+
+    threads = threading.active_count()
+    engine.heartbeat = stop
+    with pytest.raises(Stop):
+        run(engine, requests_of([5, 9, 4, 7], samples=5), Decoding(max_new_tokens=25), streams=2, max_rows=20)
+    engine.heartbeat = lambda num_tokens: None
+    assert threading.active_count() == threads
