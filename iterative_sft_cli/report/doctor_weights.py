@@ -23,8 +23,13 @@ def check_weights(bench: Bench, samples: Sequence[Sample], decoding: Decoding) -
     from iterative_sft_cli.report.doctor import Check
 
     usable = [one for one in samples if one.finish_reason != PROMPT_TOO_LONG and one.completion_ids]
-    if bench.model is None or not usable:
-        why = "a plug-in backend has weights of its own" if bench.model is None else "no completion to train on"
+    engine_name = bench.config.generate.engine
+    if bench.model is None or not usable or engine_name != "transformers":
+        why = "no completion to train on"
+        if engine_name != "transformers":
+            why = f"engine {engine_name} serves weights of its own, and these rows come from the embedded engine"
+        elif bench.model is None:
+            why = "a plug-in backend has weights of its own"
         yield Check("weights", None, f"not looked at: {why}")
         return
     sample = usable[0]

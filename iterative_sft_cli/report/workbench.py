@@ -65,7 +65,7 @@ class Bench:
 
 
 def open_bench(config: Any, base_dir: Path) -> Bench:
-    """Load the model of a config. Raises ConfigError and DataError as `isft train` does."""
+    """Load the model of a config, with the embedded engine whatever `generate.engine` says. Raises ConfigError and DataError as `isft train` does."""
     if config.model.use is not None:
         from iterative_sft_cli.build import open_backend
 
@@ -80,9 +80,9 @@ def open_bench(config: Any, base_dir: Path) -> Bench:
     encoder = TokenizerEncoder.of(model, config.prompts, base_dir)
     eval_encoder = TokenizerEncoder.of(model, config.eval, base_dir, inherit=config.prompts) if config.eval else encoder
     learner = open_learner(config.train, loaded=model, encoder=encoder, config=config)
-    engine = open_engine(
-        config.generate, loaded=model, encoder=encoder, base_dir=base_dir, run_dir=None, seed=config.seed
-    )
+    # for a look at the model no server is started, and no teacher is asked in its place
+    section = config.generate.model_copy(update={"engine": "transformers", "memory_gb": "auto"})
+    engine = open_engine(section, loaded=model, encoder=encoder, base_dir=base_dir, run_dir=None, seed=config.seed)
     return Bench(config, encoder, eval_encoder, learner, engine, model)
 
 

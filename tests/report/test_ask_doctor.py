@@ -121,6 +121,16 @@ def test_an_engine_with_stale_weights_is_caught(config, capsys, monkeypatch):
     assert checks["weights"]["mend"]
 
 
+def test_a_teacher_or_server_is_not_asked(config, capsys):
+    options = ("generate.engine=openai", "generate.openai={base_url: 'http://127.0.0.1:9/v1', model: teacher}")
+    _, checks, found = checks_of(capsys, config, *options)
+    assert (
+        checks["weights"]["ok"] is None
+        and "engine openai" in checks["weights"]["detail"]
+        and found["rows"][0]["tokens"]
+    )
+
+
 def test_what_does_not_fit_is_red_with_the_mend(config, capsys):
     code, checks, _ = checks_of(capsys, config, "generate.max_new_tokens=3", "train.max_length=5")
     assert code == 2 and checks["cut off"]["ok"] is False and "max_new_tokens" in checks["cut off"]["mend"]
