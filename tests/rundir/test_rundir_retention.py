@@ -38,22 +38,26 @@ keys = st.sets(
 ).map(sorted)
 
 
-@given(keys, st.integers(1, 4), st.one_of(st.none(), st.integers(0, 12).map(lambda r: f"{r:04d}")))
+rounds_or_none = st.one_of(st.none(), st.integers(0, 12).map(lambda r: f"{r:04d}"))
+
+
+@given(keys, st.integers(1, 4), rounds_or_none, rounds_or_none)
 def test_the_rule_keeps_the_newest_the_best_and_one_to_fall_back_to(
-    present: list[str], keep: int, best: str | None
+    present: list[str], keep: int, best: str | None, warmup: str | None
 ) -> None:
     present = sorted(present, key=parse_key)
-    kept = kept_keys(present, Policy(keep, best))
+    policy = Policy(keep, best, (warmup,) if warmup else ())
+    kept = kept_keys(present, policy)
     rounds = [key for key in present if not is_partial(key)]
     assert present[-1] in kept
     assert kept == sorted(kept, key=parse_key) and set(kept) <= set(present)
     assert set(rounds[-keep:]) <= set(kept)
-    assert best not in present or best in kept
+    assert {best, warmup} & set(present) <= set(kept)
     if len(present) > 1 and (is_partial(present[-1]) or (keep > 1 and len(rounds) > 1)):
         assert len(kept) >= 2
     assert not set(stateless_keys(kept)) & set(kept[-2:])
     # keeping is stable: what is kept is kept again
-    assert kept_keys(kept, Policy(keep, best)) == kept
+    assert kept_keys(kept, policy) == kept
 
 
 class History:
