@@ -315,3 +315,17 @@ def test_files_follow_the_umask(full, tmp_path, capsys):
     os.umask(umask)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "hf").iterdir()}
     assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+def test_a_sample_that_was_cut_off_or_is_a_duplicate_is_not_the_worse_one():
+    from iterative_sft_cli.report.export_rows import is_worse
+    from iterative_sft_cli.samples import StoredSample
+    from iterative_sft_cli.types import Sample
+
+    def stored(filter_name, finish="eos"):
+        says = ({"filter": filter_name, "keep": False, "reason": "x"},)
+        return StoredSample(Sample("p", "1-p-0", 1, "x", "y", finish_reason=finish), 1, says, False)
+
+    worse = {"numeric_answer", "finished"}
+    assert is_worse(stored("numeric_answer"), worse) and not is_worse(stored("dedup"), worse)
+    assert not is_worse(stored("finished", "length"), worse) and not is_worse(stored("numeric_answer", "length"), worse)
