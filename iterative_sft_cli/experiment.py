@@ -71,6 +71,9 @@ def run_experiment(
     check_choice(found, path, resume)
     with loaded.placing_errors():
         filters = resolve_filters(loaded.config.filters, base_dir=loaded.base_dir)
+    for one in filters:
+        if one.notice:
+            view.note(f"warning: {one.notice}")
     if is_complete(found, loaded, allow_change):
         view.note(f"{safe_text(path)}: complete, {loaded.config.rounds} rounds; nothing to do")
         say_last_lines(view, path, loaded)

@@ -90,12 +90,14 @@ def evaluate(
 
 
 def eval_filters(filters: Sequence[Any], section: Any) -> list[Any]:
-    """What judges an evaluation's answers: the filters of `eval.correct`, else all per-sample filters of the list that read no score; a verifier
-    that only scores in the round drops here. Scorers that one of them or `rank_by` reads come along."""
+    """What judges an evaluation's answers: the filters of `eval.correct`, else the per-sample verifiers of the list that read no
+    score (where there is none, the per-sample checks); one that only scores in the round drops here. Scorers that one of
+    them or `rank_by` reads come along."""
     if section.correct is not None:
         judges = [one for one in filters if one.name in section.correct]
     else:
-        judges = [one for one in filters if one.kind == "sample" and one.role != "scorer" and not one.reads]
+        alone = [one for one in filters if one.kind == "sample" and one.role != "scorer" and not one.reads]
+        judges = [one for one in alone if one.role == "verifier"] or alone
     wanted = {name for one in judges for name in one.reads} | {section.rank_by}
     names = {one.name for one in judges}
     return [one.dropping() if one.name in names else one for one in filters if one.name in names or one.name in wanted]
