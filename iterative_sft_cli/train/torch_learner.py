@@ -91,6 +91,12 @@ class TorchLearner:
         )
         return result.to_dict()
 
+    def loss(self, rows: Sequence[TrainRow]) -> float:
+        """Mean nll a trained token of `rows` under the live weights, in nats; nothing changes."""
+        from iterative_sft_cli.train.torch_evaluate import evaluate
+
+        return evaluate(self.core, rows, batch_size=8)["loss"]
+
     def save(self, folder: Path, *, state: bool) -> None:
         """Write a Hugging Face folder (or an adapter) and, with `state`, `folder/state`; rank 0 writes."""
         from iterative_sft_cli import model
@@ -104,7 +110,7 @@ class TorchLearner:
 
     def offload(self) -> None:
         """Free the compute copies, and move the optimizer's state to where `train.offload` says."""
-        self.core.weights.drop_copies()
+        self.core.free_scratch()
         mode = getattr(self.section, "offload", "auto") or "auto"
         on_host = self.core.device.type == "cpu"
         if mode == "none" or (mode in ("auto", "host") and on_host) or self._away is not None:

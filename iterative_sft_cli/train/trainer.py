@@ -347,7 +347,7 @@ class IterativeSFTTrainer:
 
     def _free_device_cache(self) -> None:
         gc.collect()
-        self.core.weights.drop_copies()
+        self.core.free_scratch()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
