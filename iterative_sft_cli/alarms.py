@@ -34,7 +34,7 @@ CONDITIONS: tuple[tuple[str, str], ...] = (
         "the accepted samples have less than half as many distinct token pairs as in round 1",
     ),
     (
-        "filters/easy_share > 0.8",
+        "filters/easy_share > 0.8 and generate/num_samples > 2 * generate/num_prompts",
         "over 80 % of the accepted samples come from prompts solved more than 3 times in 4: max_per_prompt or prompts.skip share better",
     ),
     (
