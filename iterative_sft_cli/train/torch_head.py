@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 _CHUNK = 256
 """Tokens whose logits are made in one matrix product."""
