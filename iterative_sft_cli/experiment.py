@@ -23,6 +23,7 @@ from iterative_sft_cli.filters import ResolvedFilter, resolve_filters
 from iterative_sft_cli.guards import best_round
 from iterative_sft_cli.prompts import PromptSet, content_key, load_prompts, num_per_round
 from iterative_sft_cli.resume import check_choice, check_drift, is_complete, is_untouched, settle
+from iterative_sft_cli.rounds.thinning import check_keep
 from iterative_sft_cli.rounds.weights import ResumePoint, round_key
 from iterative_sft_cli.rundir import RunDir, RunView
 from iterative_sft_cli.signals import StopRequests
@@ -71,6 +72,7 @@ def run_experiment(
     check_choice(found, path, resume)
     with loaded.placing_errors():
         filters = resolve_filters(loaded.config.filters, base_dir=loaded.base_dir)
+        check_keep(loaded.config, filters)
     for one in filters:
         if one.notice:
             view.note(f"warning: {one.notice}")
@@ -86,6 +88,7 @@ def run_experiment(
         try:
             stages = build_run(run, loaded, filters, prompts, eval_prompts, view, stop.check)
             stages.grace_s = grace_s
+            run.shards.compress = loaded.config.samples.compress == "gzip"
             facts = describe_environment(loaded, content_hashes(stages, prompts, eval_prompts, filters))
             stages.changes = settle(run, loaded, facts, drift=drift, allow_change=allow_change, last_code=last_code)
             announce(stages, loaded, view)

@@ -22,6 +22,7 @@ from iterative_sft_cli.rounds.judge import judge_round
 from iterative_sft_cli.rounds.search import tune
 from iterative_sft_cli.rounds.sources import live_hash, reads_warmup, sources_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
+from iterative_sft_cli.rounds.thinning import settle_thinned, thin_rounds
 from iterative_sft_cli.rounds.training import (
     commit_round,
     plan_passes,
@@ -40,6 +41,7 @@ def run_rounds(stages: Stages) -> None:
     """
     checkpoint = stages.run.checkpoints.newest()
     point = ResumePoint.of(checkpoint)
+    settle_thinned(stages.run.shards, range(1, stages.config.rounds + 1), point.round_index + (point.step is None))
     restore(stages.learner, checkpoint)
     try:
         for round_index in range(0 if point.round_index == 0 else point.round_index, stages.config.rounds + 1):
@@ -89,6 +91,7 @@ def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
         say_alarms(run.stats.rows(), stages.view.note)
 
 
+    thin_rounds(stages, config, round_index, log)
 def set_retention(stages: Stages, config: Any) -> None:
     """Tell the run directory what to keep after the round's commit: the newest, and the best so far."""
     best = best_round(stages.run.stats.rows(), config.eval.metric) if config.eval else None

@@ -24,6 +24,10 @@ EVAL_PROMPTS = "prompts-eval"
 
 TRIALS = "trial"
 """Shards of the search for a temperature and a threshold."""
+ACCEPTED = "accepted"
+"""Shards of an earlier round of which only the accepted samples stayed (`samples.keep: accepted`): each row with its verdicts."""
+DROPPED = "dropped"
+"""Shards that stand for those of a round whose samples were dropped (`samples.keep: n`): ids and hashes of what was accepted."""
 HINTED = "hinted"
 """Part of the name of shards of second tries, and the key of a row under which the ids of the hinted prompt stand."""
 
@@ -138,24 +142,57 @@ def read_round_verdicts(shards: Shards, round_index: int) -> dict[str, list[dict
     return {} if found is None else {row["sample_id"]: row["says"] for row in found[0]}
 
 
-def iter_round(shards: Shards, round_index: int) -> Iterator[StoredSample]:
-    """Every sample of a judged round in order, one shard in memory at a time.
+def sample_shards(shards: Shards, round_index: int) -> list[str]:
+    """The shards that hold a round's samples, in their order: `accepted-00000` where it stands for `generated-00000`; none of a
+    round whose samples were dropped."""
+    thinned = {name.replace(ACCEPTED, GENERATED, 1): name for name in shards.names(round_index, f"{ACCEPTED}-")}
+    if shards.names(round_index, f"{DROPPED}-"):
+        return []
+    whole = {*shards.names(round_index, f"{GENERATED}-"), *thinned}
+    return [thinned.get(name, name) for name in sorted(whole)]
 
-    Raises DataError when a shard or its verdicts are missing or damaged.
+
+def kept_of(shards: Shards, round_index: int) -> str:
+    """What `samples.keep` has left of a round: `all`, `accepted`, or `none`."""
+    if shards.names(round_index, f"{DROPPED}-"):
+        return "none"
+    return "accepted" if shards.names(round_index, f"{ACCEPTED}-") else "all"
+
+
+def iter_round(shards: Shards, round_index: int) -> Iterator[StoredSample]:
+    """Every sample of a judged round in order, one shard in memory at a time; of a thinned round, the accepted ones.
+
+    Raises DataError when a shard or its verdicts are missing or damaged, or the samples were dropped.
     """
+    if kept_of(shards, round_index) == "none":
+        raise DataError(
+            f"the samples of round {round_index} were dropped",
+            where="samples.keep",
+            hint="samples.keep: accepted keeps what later rounds may read",
+        )
     prompts = read_prompts(shards, round_index)
     later = read_round_verdicts(shards, round_index)
-    for name in shards.names(round_index, GENERATED):
-        rows = _need(shards, round_index, name)
-        verdicts = _need(shards, round_index, name.replace(GENERATED, VERDICTS, 1))
-        for row, verdict in zip(rows, verdicts, strict=True):
-            says = (*verdict["says"], *later.get(row["sample_id"], ()))
-            accepted = bool(verdict["kept"]) and all(one["keep"] for one in says)
+    for name in sample_shards(shards, round_index):
+        for row, says, kept in _judged_rows(shards, round_index, name):
+            says = (*says, *later.get(row["sample_id"], ())) if name.startswith(GENERATED) else says
+            accepted = kept and all(one["keep"] for one in says)
             sample = sample_from_row(row, prompts[row["prompt_id"]])
             logprobs = row.get("token_logprobs")
             yield StoredSample(
                 sample, row["seed"], says, accepted, HINTED in row, None if logprobs is None else tuple(logprobs)
             )
+
+
+def _judged_rows(
+    shards: Shards, round_index: int, name: str
+) -> Iterator[tuple[dict[str, Any], tuple[Mapping[str, Any], ...], bool]]:
+    rows = _need(shards, round_index, name)
+    if name.startswith(ACCEPTED):
+        yield from ((row, tuple(row["says"]), True) for row in rows)
+        return
+    verdicts = _need(shards, round_index, name.replace(GENERATED, VERDICTS, 1))
+    for row, verdict in zip(rows, verdicts, strict=True):
+        yield row, tuple(verdict["says"]), bool(verdict["kept"])
 
 
 def iter_accepted(shards: Shards, rounds: Sequence[int]) -> Iterator[StoredSample]:

@@ -5,6 +5,7 @@ Definitions are in the docstring of each figure's function; every figure is a fu
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
 from collections import Counter, defaultdict
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from iterative_sft_cli.samples import StoredSample
-from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Sample
+from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP
 
 DIVERSITY_TOKENS = 20_000
 """distinct-n and the compression ratio look at this many tokens at most: both fall with the amount of text."""
@@ -56,9 +57,10 @@ class RoundCounter:
         self.ngram_counts: Counter[int] = Counter()
 
     @staticmethod
-    def key_of(sample: Sample) -> int:
-        """What makes two accepted samples the same: the prompt and the text."""
-        return hash((sample.prompt_id, sample.completion.strip()))
+    def key_of(prompt_id: str, completion: str) -> int:
+        """What makes two accepted samples the same: the prompt and the text, as a number that is the same in every process."""
+        text = f"{prompt_id}\0{completion.strip()}".encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
     @property
     def num_trainable(self) -> int:
@@ -97,8 +99,9 @@ class RoundCounter:
         self.num_accepted += 1
         self.accepted_lengths.append(length)
         self.by_prompt[sample.prompt_id][1] += 1
-        self.unique.add(self.key_of(sample))
-        self.num_known += self.key_of(sample) in self.known
+        key = self.key_of(sample.prompt_id, sample.completion)
+        self.unique.add(key)
+        self.num_known += key in self.known
         if len(self.tokens) < DIVERSITY_TOKENS:
             ids = sample.completion_ids
             self.tokens += ids

@@ -50,6 +50,7 @@ def samples(
         filter_names,
         find_samples,
         sampled_rounds,
+        thinned_rounds,
         unjudged,
     )
     from iterative_sft_cli.report.reader import Run
@@ -69,10 +70,10 @@ def samples(
         return 0
     wanted = tuple(round_) if round_ else (tuple(there) if prompt is not None else (there[-1],))
     missing = [index for index in wanted if index not in there]
+    thinned = {} if eval_ else thinned_rounds(opened.view)
     if missing:
-        raise ConfigError(
-            f"--round {missing[0]}: no samples of that round", expected=f"one of {', '.join(map(str, there))}"
-        )
+        what = "its samples were dropped (samples.keep)" if missing[0] in thinned else "no samples of that round"
+        raise ConfigError(f"--round {missing[0]}: {what}", expected=f"one of {', '.join(map(str, there))}")
     if filter_ is not None and filter_ not in (names := filter_names(opened.view)):
         raise ConfigError(f"--filter {filter_}: no filter of this run", expected=f"one of {', '.join(names)}")
     query = SampleQuery(
@@ -105,6 +106,9 @@ def samples(
         )
     elif limit and shown == limit:
         say(f"{shown} samples of {where}; --skip {skip + shown} shows the next, --limit 0 all")
+    left = [str(index) for index in wanted if index in thinned]
+    if left:
+        say(f"round {', '.join(left)}: only the accepted samples were kept (samples.keep: accepted)")
     return 0
 
 

@@ -15,8 +15,6 @@ from iterative_sft_cli.config.schema import Config
 
 NOT_YET: dict[str | tuple[str, Any], str] = {
     "eval.lm_eval": "tasks of lm-evaluation-harness",
-    "samples.compress": "compressed samples",
-    "samples.keep": "dropping stored samples",
     "train.parallel": "training over several processes",
 }
 """A path (any value but the default), (path, value) or (path, kind of value), and what is missing, in words."""

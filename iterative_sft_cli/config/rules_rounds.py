@@ -341,3 +341,18 @@ def _schedules(value: Any, path: tuple[Step, ...]) -> Iterator[tuple[tuple[Step,
 def schedules(config: Config) -> list[tuple[str, Schedule]]:
     """Every schedule of a config with its dotted path, for plans and reports."""
     return [(dotted(path), schedule) for path, schedule in _schedules(config, ())]
+
+
+@rule("samples.keep", "train.data", "rounds")
+def dropped_samples_are_not_trained_on(config: Config, base_dir: Path) -> Iterator[Finding]:
+    """`samples.keep: n` leaves what training still reads, also when a start falls back by one checkpoint."""
+    keep = config.samples.keep
+    if isinstance(keep, str):
+        return
+    for index, data in enumerate(values_over(config, config.train.data), start=1):
+        window = 1 if data == "replace" else config.rounds if data == "accumulate" else int(data.window)
+        if min(window, config.rounds) > keep:
+            reads = "all rounds" if data == "accumulate" else f"the newest {window} rounds"
+            what = f"train.data reads the samples of {reads}{in_round(config, index, config.train.data)}, {keep} stay"
+            yield at("samples.keep", what, "accepted, or at least as many rounds as train.data reads")
+            return

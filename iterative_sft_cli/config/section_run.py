@@ -75,6 +75,6 @@ class SamplesConfig(Section):
     """How stored samples are kept."""
 
     compress: Literal["none", "gzip"] = "none"
-    """Compression of the shards of finished rounds."""
+    """Compression of shards as they are sealed; readers take both forms."""
     keep: Annotated[Annotated[Literal["all", "accepted"], WordTag] | Annotated[Count, NumberTag], WordOrNumber] = "all"
-    """Samples that stay on disk: all, those of the newest n rounds, or accepted ones only."""
+    """Samples that stay on disk: all; of rounds before the newest the accepted ones only; or those of the newest n rounds only."""

@@ -21,14 +21,28 @@ from iterative_sft_cli.loop import prompt_text, scores_read
 from iterative_sft_cli.report.paging import RoundReader, open_lines
 from iterative_sft_cli.report.reader import Run
 from iterative_sft_cli.report.sample_text import sample_row
-from iterative_sft_cli.samples import AcceptedEarlier, StoredSample, read_eval_prompts, read_generated, read_prompts
+from iterative_sft_cli.samples import (
+    AcceptedEarlier,
+    StoredSample,
+    kept_of,
+    read_eval_prompts,
+    read_generated,
+    read_prompts,
+)
 
 
 def check_possible(run: Run, index: int) -> None:
     """Raises ConfigError for a round whose samples depend on verdicts, or that has none."""
     if index not in run.rounds:
         known = ", ".join(map(str, run.rounds)) or "none yet"
-        raise ConfigError(f"--round {index}: no samples of that round", expected=f"one of {known}")
+        gone = kept_of(run.view.shards, index) == "none"
+        what = "its samples were dropped (samples.keep)" if gone else "no samples of that round"
+        raise ConfigError(f"--round {index}: {what}", expected=f"one of {known}")
+    if kept_of(run.view.shards, index) != "all":
+        raise ConfigError(
+            f"--round {index}: only its accepted samples were kept (samples.keep: accepted)",
+            expected="a round with all its samples, such as the newest",
+        )
     settings = run.settings
     generate = settings.at_round(index).generate
     for key in ("until_accepted", "until_total", "budget", "search"):

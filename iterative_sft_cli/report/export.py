@@ -12,7 +12,7 @@ from typing import Any
 
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.report.export_model import choose_checkpoint, facts_of, publish, write_adapter, write_model
-from iterative_sft_cli.report.export_rows import choose_rounds, dpo_rows, sft_rows, write_rows
+from iterative_sft_cli.report.export_rows import choose_rounds, dpo_rows, sft_rows, with_rejected, write_rows
 from iterative_sft_cli.report.ollama import modelfile
 from iterative_sft_cli.report.reader import Run
 from iterative_sft_cli.rundir import Checkpoint
@@ -42,6 +42,8 @@ def export(
             raise ConfigError(f"--checkpoint says nothing with --to {to}", expected="--round, or neither")
         target = out or run.path / "export" / f"{to.removesuffix('-jsonl')}.jsonl"
         wanted = choose_rounds(run, rounds)
+        if to == "dpo-jsonl":
+            wanted = with_rejected(run, wanted)
         rows = sft_rows(run, wanted) if to == "sft-jsonl" else dpo_rows(run, wanted, chosen_column)
         return {"to": to, "out": str(target), "rows": write_rows(rows, target), "rounds": wanted, "next": None}
     if rounds:

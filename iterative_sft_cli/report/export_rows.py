@@ -11,7 +11,7 @@ from iterative_sft_cli.encoding_template import read_few_shot
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.filters import resolve_filters
 from iterative_sft_cli.report.reader import Run
-from iterative_sft_cli.samples import StoredSample
+from iterative_sft_cli.samples import StoredSample, kept_of
 from iterative_sft_cli.types import LENGTH, Message
 
 WRONG = ("verifier", "check")
@@ -150,8 +150,21 @@ def choose_rounds(run: Run, rounds: Sequence[int] | None) -> list[int]:
     there = run.rounds
     missing = [index for index in rounds or () if index not in there]
     if missing:
-        raise ConfigError(f"--round {missing[0]}: no samples of that round", expected=f"one of {there}")
+        gone = kept_of(run.view.shards, missing[0]) == "none"
+        what = "its samples were dropped (samples.keep)" if gone else "no samples of that round"
+        raise ConfigError(f"--round {missing[0]}: {what}", expected=f"one of {there}")
     return list(rounds) if rounds else there
+
+
+def with_rejected(run: Run, rounds: Sequence[int]) -> list[int]:
+    """Those of the rounds whose rejected samples are still there. Raises ConfigError when none is."""
+    whole = [index for index in rounds if kept_of(run.view.shards, index) == "all"]
+    if rounds and not whole:
+        raise ConfigError(
+            "only the accepted samples of these rounds were kept (samples.keep: accepted): there is no worse side",
+            expected="--round with a round that has all its samples, such as the newest",
+        )
+    return whole
 
 
 def write_rows(rows: Iterable[dict[str, Any]], out: Path) -> int:

@@ -8,7 +8,7 @@ from iterative_sft_cli.guards import best_round
 from iterative_sft_cli.report.paging import read_seal
 from iterative_sft_cli.rounds.weights import round_key
 from iterative_sft_cli.rundir import RunView
-from iterative_sft_cli.samples import GENERATED
+from iterative_sft_cli.samples import DROPPED, sample_shards
 from iterative_sft_cli.train.pool import pool_rounds
 
 
@@ -19,7 +19,7 @@ def lineage(view: RunView, config: Any) -> list[dict[str, Any]]:
     for index in sorted({*view.rounds, *(row["round"] for row in ledger)}):
         at = config.at_round(index)
         selected = _last(ledger, index, "selected")
-        shards = view.shards.names(index, GENERATED)
+        shards = sample_shards(view.shards, index) or view.shards.names(index, f"{DROPPED}-")
         metas = [read_seal(view.path, index, name)["meta"] for name in {shards[0], shards[-1]}] if shards else []
         trained = selected is not None or (index == 0 and config.warmup is not None)
         key = round_key(index)

@@ -23,6 +23,7 @@ from iterative_sft_cli.rundir.integrity import Damage, parse_document, stamp_byt
 from iterative_sft_cli.rundir.layout import round_folder
 from iterative_sft_cli.rundir.seal import SEAL
 from iterative_sft_cli.samples import (
+    ACCEPTED,
     EVAL,
     EVAL_PROMPTS,
     GENERATED,
@@ -31,8 +32,10 @@ from iterative_sft_cli.samples import (
     ROUND_VERDICTS,
     VERDICTS,
     StoredSample,
+    kept_of,
     prompt_from_row,
     sample_from_row,
+    sample_shards,
 )
 from iterative_sft_cli.types import Prompt
 
@@ -155,6 +158,7 @@ class RoundReader:
         self.round_index = round_index
         self.names: list[str] = []
         self.judged: list[str] = []
+        self.kept = "all"
         self._list(view)
         self._prompts: KeyedLines | None = None
         self._later: KeyedLines | None = None
@@ -162,9 +166,10 @@ class RoundReader:
         self._recent: OrderedDict[str, Prompt] = OrderedDict()
 
     def _list(self, view: RunView) -> None:
-        self.names = view.shards.names(self.round_index, GENERATED)
+        self.names = sample_shards(view.shards, self.round_index)
+        self.kept = kept_of(view.shards, self.round_index)
         judged = set(view.shards.names(self.round_index, VERDICTS))
-        self.judged = [name for name in self.names if name.replace(GENERATED, VERDICTS, 1) in judged]
+        self.judged = [name for name in self.names if name.startswith(ACCEPTED) or self._verdicts(name) in judged]
 
     @property
     def prompts(self) -> KeyedLines:
@@ -198,6 +203,9 @@ class RoundReader:
     def says(self, name: str) -> Iterator[tuple[int, str, list[dict[str, Any]], bool]]:
         """(position, sample id, what each filter said, accepted) of every sample of a judged shard."""
         verdicts = self._need(self._verdicts(name))
+        if name.startswith(ACCEPTED):
+            yield from ((position, row["sample_id"], row["says"], True) for position, row in enumerate(verdicts.rows()))
+            return
         for position, row in enumerate(verdicts.rows()):
             says = [*row["says"], *self._said_later(row)]
             yield position, row["sample_id"], says, bool(row["kept"]) and all(one["keep"] for one in says)

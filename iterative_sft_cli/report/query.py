@@ -14,7 +14,7 @@ from typing import Any
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.report.paging import EvalReader, RoundReader, prompt_of
 from iterative_sft_cli.rundir import RunView
-from iterative_sft_cli.samples import EVAL, GENERATED, HINTED, StoredSample
+from iterative_sft_cli.samples import EVAL, HINTED, StoredSample, kept_of, sample_shards
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -110,7 +110,7 @@ def find_samples(view: RunView, query: SampleQuery, *, skip: int = 0) -> Iterato
 
 def most_of(view: RunView, reader: RoundReader) -> int | None:
     """The most samples of one prompt in a round, where that is known: not with second tries or a number that changes over rounds."""
-    if reader.names and HINTED in reader.names[-1]:
+    if reader.kept != "all" or (reader.names and HINTED in reader.names[-1]):
         return None
     section = view.resolved.get("eval" if isinstance(reader, EvalReader) else "generate") or {}
     most = section.get("samples_per_prompt")
@@ -128,8 +128,15 @@ def unjudged(view: RunView, rounds: Sequence[int]) -> int:
 
 def sampled_rounds(view: RunView, *, evaluation: bool = False) -> list[int]:
     """The rounds with generated samples (or with an evaluation), oldest first."""
-    prefix = f"{EVAL}-" if evaluation else GENERATED
-    return [index for index in view.rounds if view.shards.names(index, prefix)]
+    if evaluation:
+        return [index for index in view.rounds if view.shards.names(index, f"{EVAL}-")]
+    return [index for index in view.rounds if sample_shards(view.shards, index)]
+
+
+def thinned_rounds(view: RunView) -> dict[int, str]:
+    """The rounds of which `samples.keep` left the `accepted` samples, or `none`."""
+    left = {index: kept_of(view.shards, index) for index in view.rounds}
+    return {index: what for index, what in left.items() if what != "all"}
 
 
 def filter_names(view: RunView) -> list[str]:

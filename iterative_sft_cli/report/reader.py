@@ -21,7 +21,7 @@ from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.guards import best_round
 from iterative_sft_cli.report.columns import columns_of
 from iterative_sft_cli.rundir import RunView, peek
-from iterative_sft_cli.samples import GENERATED, StoredSample, iter_round
+from iterative_sft_cli.samples import StoredSample, iter_round, sample_shards
 
 
 class Run:
@@ -69,8 +69,8 @@ class Run:
 
     @property
     def rounds(self) -> list[int]:
-        """The rounds that have generated samples, oldest first."""
-        return [index for index in self.view.rounds if self.view.shards.names(index, GENERATED)]
+        """The rounds whose samples are there, oldest first; `samples.keep` may have dropped some."""
+        return [index for index in self.view.rounds if sample_shards(self.view.shards, index)]
 
     @property
     def metric(self) -> str:

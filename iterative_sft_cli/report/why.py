@@ -17,7 +17,7 @@ from iterative_sft_cli.report.reader import Run
 from iterative_sft_cli.report.sample_text import indented, sample_row, says_text, whole_prompt
 from iterative_sft_cli.rounds.gather import SEED_DATA, Gathered, scores_of
 from iterative_sft_cli.rounds.training import plan_passes
-from iterative_sft_cli.samples import TRAIN, StoredSample, iter_accepted
+from iterative_sft_cli.samples import TRAIN, StoredSample, iter_accepted, kept_of
 from iterative_sft_cli.train.pool import pool_rounds
 from iterative_sft_cli.types import TrainRow
 
@@ -50,8 +50,9 @@ def find(run: Run, sample_id: str) -> tuple[StoredSample, dict[str, Any], str, l
     round_text, dash, _ = sample_id.partition("-")
     rounds = run.rounds
     if not dash or not round_text.isdigit() or int(round_text) not in rounds:
+        gone = round_text.isdigit() and kept_of(run.view.shards, int(round_text)) == "none"
         raise ConfigError(
-            f"{sample_id}: no such sample",
+            f"{sample_id}: " + ("the samples of its round were dropped (samples.keep)" if gone else "no such sample"),
             expected=f"ROUND-PROMPT-INDEX with a round of {', '.join(map(str, rounds)) or 'none yet'}",
             hint=f"isft samples {run.path} lists the samples of a round with their ids",
         )
@@ -64,8 +65,11 @@ def find(run: Run, sample_id: str) -> tuple[StoredSample, dict[str, Any], str, l
                 lines = reader.generated(name)
                 row = lines.row(position)
                 return reader.stored(lines, position, says, accepted), lines.meta, name, list(row["completion_ids"])
+    missing = "no such sample, or it is not judged yet"
+    if reader.kept == "accepted":
+        missing = "no such sample among those it accepted, and only these were kept (samples.keep: accepted)"
     raise ConfigError(
-        f"{sample_id}: round {reader.round_index} has no such sample, or it is not judged yet",
+        f"{sample_id}: round {reader.round_index} has {missing}",
         hint=f"isft samples {run.path} --round {reader.round_index} lists those it has",
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from iterative_sft_cli.rounds.gather import Gathered
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
+from iterative_sft_cli.rounds.thinning import accepted_keys
 from iterative_sft_cli.samples import TRAIN, TRIALS, StoredSample, iter_round
 from iterative_sft_cli.stats import RoundCounter, TrainCounter
 
@@ -30,11 +31,7 @@ def known_before(stages: Stages, round_index: int) -> set[int]:
     """Hashes of what was accepted in earlier rounds, as `RoundCounter` makes them."""
     for earlier in range(1, round_index):
         if earlier not in stages.accepted_keys:
-            stages.accepted_keys[earlier] = {
-                RoundCounter.key_of(stored.sample)
-                for stored in iter_round(stages.run.shards, earlier)
-                if stored.accepted
-            }
+            stages.accepted_keys[earlier] = accepted_keys(stages.run.shards, earlier)
     return set().union(*(stages.accepted_keys[earlier] for earlier in range(1, round_index)))
 
 

@@ -12,7 +12,8 @@ from iterative_sft_cli.config.condition import Condition
 from iterative_sft_cli.config.expression import Expression
 from iterative_sft_cli.prompts import PromptHistory, needs_history, select_round
 from iterative_sft_cli.rounds.stages import Stages
-from iterative_sft_cli.samples import PROMPTS, iter_round, prompt_to_row, read_prompts
+from iterative_sft_cli.rounds.thinning import asked_in
+from iterative_sft_cli.samples import PROMPTS, prompt_to_row, read_prompts
 from iterative_sft_cli.types import Prompt
 
 
@@ -65,10 +66,9 @@ def round_rates(stages: Stages, round_index: int) -> dict[str, tuple[int, int]]:
     known = stages.rates.get(round_index)
     if known is None:
         known = {}
-        for stored in iter_round(stages.run.shards, round_index):
-            if not stored.hinted:
-                made, accepted = known.get(stored.sample.prompt_id, (0, 0))
-                known[stored.sample.prompt_id] = (made + 1, accepted + stored.accepted)
+        for prompt_id, num_samples, num_accepted in asked_in(stages.run.shards, round_index):
+            made, accepted = known.get(prompt_id, (0, 0))
+            known[prompt_id] = (made + num_samples, accepted + num_accepted)
         stages.rates[round_index] = known
     return known
 

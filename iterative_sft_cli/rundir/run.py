@@ -62,7 +62,7 @@ class RunDir:
         if newest is not None:
             self.shards.built_on = layout.parse_key(newest.key)[0]
             with contextlib.suppress(Damage):
-                self.shards.expected.update(read_copies(newest.path)[1])
+                self.shards.expect(read_copies(newest.path)[1])
         self.checkpoints = Checkpoints(path, fs, quarantine, self.ledger, self.stats, self.shards, newest)
         self.shards.before_seal = self.checkpoints.wait
 

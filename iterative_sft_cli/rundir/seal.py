@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,19 @@ class Shards:
                 except Damage as damage:
                     self._set_aside(round_index, name, f"{damage.path.name}: {damage.problem}")
 
+    def expect(self, keys: Iterable[str]) -> None:
+        """Miss these shards (as `shard_key` names them) when they are gone, but for those that were given up."""
+        self.expected.update(key for key in keys if not self._was_removed(key))
+
+    def _was_removed(self, key: str) -> bool:
+        number, _, name = key.partition("/")
+        folder = round_folder(self._run, int(number))
+        try:
+            seal = parse_document(read_bytes(folder / (check_name(name) + SEAL)), folder)
+        except Damage:
+            return False
+        return bool(seal.get("removed")) and not (folder / str(seal["file"])).exists()
+
     def listed(self) -> list[str]:
         """`0001/generated-00000` for every shard that is there, or ought to be: one that was lost stays on the list for `isft verify` to tell."""
         return sorted(self.expected.union(all_shards(self._run)))
@@ -151,6 +164,7 @@ class Shards:
         """Give up a shard that is no longer wanted (`samples.keep`): its seal stays and says so, so that nobody takes it for lost."""
         folder = round_folder(self._run, round_index)
         path = folder / (check_name(name) + SEAL)
+        self.before_seal()
         seal = parse_document(read_bytes(path), path)
         self._fs.publish(
             path, render_document({**seal, "removed": True}), data_label="seal.data", dir_label="seal.removed"
