@@ -89,9 +89,9 @@ def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
         run.stats.append(row)
         stages.view.round_done(row, time.monotonic() - start)
         say_alarms(run.stats.rows(), stages.view.note)
-
-
     thin_rounds(stages, config, round_index, log)
+
+
 def set_retention(stages: Stages, config: Any) -> None:
     """Tell the run directory what to keep after the round's commit: the newest, and the best so far."""
     best = best_round(stages.run.stats.rows(), config.eval.metric) if config.eval else None
