@@ -87,9 +87,11 @@ def run_experiment(
     with StopRequests(command) as stop, run:
         try:
             stages = build_run(run, loaded, filters, prompts, eval_prompts, view, stop.check)
+            stop.check()
             stages.grace_s = grace_s
             run.shards.compress = loaded.config.samples.compress == "gzip"
             facts = describe_environment(loaded, content_hashes(stages, prompts, eval_prompts, filters))
+            facts["kernels"] = getattr(stages.engine, "kernels", None)
             stages.changes = settle(run, loaded, facts, drift=drift, allow_change=allow_change, last_code=last_code)
             announce(stages, loaded, view)
             if loaded.config.tracking:

@@ -41,6 +41,29 @@ def test_an_allowed_change_stands_in_the_ledger_of_the_round_from_which_it_count
     assert {"event": "changed", "round": 2, "key": "generate.temperature", "old": 1.0, "new": 0.5} in changed
 
 
+WITH_KERNELS = """
+import os
+
+import toy_backend
+
+
+def make(config):
+    toy = toy_backend.make(config)
+    toy.engine.kernels = os.environ["KERNELS"]
+    return toy
+"""
+
+
+def test_other_decoding_kernels_end_the_promise_of_the_same_bytes(toy, tmp_path, monkeypatch):
+    (tmp_path / "backend.py").write_text(WITH_KERNELS)
+    for rounds, kernels in ((1, "old"), (2, "new")):
+        monkeypatch.setenv("KERNELS", kernels)
+        run(toy(rounds=rounds, model={"use": f"{tmp_path / 'backend.py'}:make"}))
+    assert RunDir.peek(tmp_path / "run").environment["kernels"] == "new"
+    changed = [row for row in rows(tmp_path / "run" / "ledger.jsonl") if row["event"] == "changed"]
+    assert changed == [{"event": "changed", "round": 2, "key": "kernels", "old": "old", "new": "new"}]
+
+
 def test_changed_prompts_are_refused(toy, tmp_path):
     run(toy(rounds=1))
     config = toy(rounds=2)

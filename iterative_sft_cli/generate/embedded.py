@@ -24,6 +24,7 @@ from iterative_sft_cli.generate.embedded_probe import EXACT, decoder_error, diff
 from iterative_sft_cli.generate.embedded_shard import Shard, schedule
 from iterative_sft_cli.generate.embedded_streams import deal, run_streams
 from iterative_sft_cli.generate.embedded_weights import Replica, can_merge
+from iterative_sft_cli.generate.native import kernels_fingerprint
 from iterative_sft_cli.types import Completion, Decoding, Request
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,12 @@ class EmbeddedEngine:
         self._lean: bool | None = None
         self._told = False
         self._threads = torch.get_num_threads()
+
+    @property
+    def kernels(self) -> str | None:
+        """What the C kernels that may take part are made from, None without any: bytes depend on it."""
+        native = self._device().type == "cpu" and self._compute_dtype() == torch.bfloat16
+        return kernels_fingerprint() if native else None
 
     def begin(self, weights: Path | None) -> None:
         """Serve the trainer's weights as they are now (None), or those of a Hugging Face or adapter folder."""

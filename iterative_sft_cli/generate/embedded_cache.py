@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from iterative_sft_cli.generate.embedded_native import NativeStep, offered
+
 ROW_STEP = 8
 """Row counts of products are rounded up to a multiple of this: fewer distinct shapes for the matrix library to prepare."""
 BLOCK = 32
@@ -42,10 +44,21 @@ class BlockCache:
     """See the module. Rows are numbered 0..num_rows-1, oldest first; the tensors of a step have `padded_rows` of them."""
 
     def __init__(
-        self, layers: int, kv_heads: int, key_width: int, value_width: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        key_width: int,
+        value_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.layers = layers
+        self.heads = heads
         self.kv_heads = kv_heads
+        self.native = offered(dtype, device, key_width, value_width, heads // kv_heads)
+        self._step: NativeStep | None = None
+        self._mixed: torch.Tensor | None = None
         self.widths = (key_width, value_width)
         self.dtype = dtype
         self.device = device
@@ -102,12 +115,12 @@ class BlockCache:
         self._moved = True
         return slots
 
-    def put_prompt(self, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Keys and values [heads, length, d] of the prompt in `slot`."""
+    def put_prompt(self, layer: int, slot: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keys and values [heads, length, d] of the prompt in `slot`, from its token `start` on."""
         assert self.prompts is not None
-        length = keys.shape[1]
+        end = start + keys.shape[1]
         for store, new in zip(self.prompts, (keys, values), strict=True):
-            store[layer, slot, :, :length] = new
+            store[layer, slot, :, start:end] = new
 
     @torch.inference_mode()
     def remove(self, rows: Sequence[int]) -> list[int]:
@@ -206,6 +219,10 @@ class BlockCache:
             store = [self._new(padded, columns, which) for which in (0, 1)]
             self.blocks.append(_Block(self.clock, self.clock + columns, store[0], store[1]))
         self._widen(self.blocks[-1], padded)
+        if self.native:
+            self.clock += 1
+            self._start_native()
+            return
         if self._scores is not None:
             # the masks of a step add up where a block has no row
             self._scores.zero_()
@@ -228,6 +245,22 @@ class BlockCache:
         blocked[:, :prompt_width] = column[:prompt_width] >= torch.tensor(length).unsqueeze(1)
         mask = torch.zeros(padded, 1, len(column), dtype=self.dtype)
         self._mask = mask.masked_fill_(blocked.unsqueeze(1), self.masked).to(self.device)
+
+    def _start_native(self) -> None:
+        assert self.prompts is not None
+        self._step = NativeStep(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            prompts=self.prompts,
+            slot=self.slot,
+            prompt_length=self.prompt_lengths,
+            born=self.born,
+            clock=self.clock,
+            blocks=[(block.start, block.end, block.keys, block.values) for block in self.blocks],
+        )
+        shape = self.padded_rows, self.heads, self.widths[1]
+        if self._mixed is None or self._mixed.shape != shape:
+            self._mixed = torch.zeros(shape, dtype=self.dtype)
 
     def _merge(self) -> None:
         """Join the newest blocks while that costs few products with rows that are younger: fewer, larger products."""
@@ -264,9 +297,22 @@ class BlockCache:
         self._moved = False
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        turn: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Store the new keys and values [padded_rows, kv_heads, d] and attend: query [padded_rows, heads, d] -> alike."""
+        """Store the new keys and values [padded_rows, kv_heads, d] and attend: query [padded_rows, heads, d] -> alike.
+
+        `turn` (native only): the rotary embedding is still to be applied, with these float32 cosines and sines. The result
+        is overwritten by the next call.
+        """
+        if self._step is not None and self._mixed is not None:
+            self._step.attend(layer, query, key, value, turn, scaling, self._mixed)
+            return self._mixed
         padded, heads, width = query.shape
         kv_heads, group = self.kv_heads, heads // self.kv_heads
         newest = self.blocks[-1]

@@ -17,6 +17,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from iterative_sft_cli.generate.embedded_cache import BlockCache
 from iterative_sft_cli.generate.embedded_linear import Linear
+from iterative_sft_cli.generate.embedded_native import native_norm
 
 _MODEL_PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -64,8 +65,11 @@ class _Norm:
     def __init__(self, module: Any) -> None:
         self.weight, self.epsilon = module.weight.detach(), float(module.variance_epsilon)
         self.shape = tuple(self.weight.shape)
+        self.native = native_norm(self.shape[0], self.weight.dtype, self.weight.device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.native is not None:
+            return self.native(x, self.weight, self.epsilon)
         return rms_norm(x, self.shape, self.weight, self.epsilon)
 
 
@@ -100,6 +104,7 @@ class LeanDecoder:
         self.device = self.embedding.device
         self.dtype = self.embedding.dtype
         self._cache: BlockCache | None = None
+        self._prefix: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
     def cache(self) -> BlockCache:
@@ -108,25 +113,47 @@ class LeanDecoder:
         return self._cache
 
     @torch.inference_mode()
+    def share(self, prefix: Sequence[int]) -> None:
+        """See `Decoder.share`. Keeps the prefix's keys and values [kv_heads, length, d] of every layer."""
+        self._prefix = []
+        table = _Table([len(prefix)], 0, self.device)
+        made: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            made.append((key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()))
+            return table.attend(query, key, value, None, self.scaling)
+
+        self._prefill(prefix, table, attend)
+        self._prefix = made
+
+    @torch.inference_mode()
     def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> torch.Tensor:
         """See `Decoder.admit`. The prompts' tokens are one flat batch; only attention sees them as a padded table."""
         if self._cache is None:
-            shape = len(self.layers), self.kv_heads, self.width, self.width
+            shape = len(self.layers), self.heads, self.kv_heads, self.width, self.width
             self._cache = BlockCache(*shape, self.dtype, self.device)
-        lengths = [len(p) for p in prompts]
-        slots = self._cache.admit(lengths, copies)
-        table = _Table(lengths, self.device)
-        x = self.embedding[torch.tensor([t for p in prompts for t in p], device=self.device)]
-        turn = self._turn(table.positions)
+        shared = self._prefix[0][0].shape[1] if self._prefix else 0
+        slots = self._cache.admit([len(p) for p in prompts], copies)
+        lengths = [len(p) - shared for p in prompts]
+        table = _Table(lengths, shared, self.device)
 
         def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            prefix = self._prefix[index] if shared else None
             start = 0
             for slot, length in zip(slots, lengths, strict=True):
                 part = slice(start, start + length)
-                self.cache.put_prompt(index, slot, key[part].transpose(0, 1), value[part].transpose(0, 1))
+                if prefix is not None:
+                    self.cache.put_prompt(index, slot, 0, *prefix)
+                self.cache.put_prompt(index, slot, shared, key[part].transpose(0, 1), value[part].transpose(0, 1))
                 start += length
-            return table.attend(query, key, value, self.scaling)
+            return table.attend(query, key, value, prefix, self.scaling)
 
+        return self._prefill([t for p in prompts for t in p[shared:]], table, attend)
+
+    def _prefill(self, tokens: Sequence[int], table: _Table, attend: Any) -> torch.Tensor:
+        """Features of the last token of every row of `table`."""
+        x = self.embedding[torch.tensor(tokens, device=self.device)]
+        turn = self._turn(table.positions)
         for index, layer in enumerate(self.layers):
             x = self._through(layer, index, x, turn, attend)
         return self.norm(x[table.last])
@@ -138,10 +165,12 @@ class LeanDecoder:
         cache.start_step()
         extra = [0] * (cache.padded_rows - cache.num_rows)
         x = self.embedding[torch.tensor([*tokens, *extra], device=self.device)]
-        turn = self._turn(torch.tensor([*cache.positions(), *extra], device=self.device))
+        positions = torch.tensor([*cache.positions(), *extra], device=self.device)
+        late = self._late_turn(positions) if cache.native else None
+        turn = None if cache.native else self._turn(positions)
 
         def attend(index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            return cache.attend(index, query, key, value, self.scaling)
+            return cache.attend(index, query, key, value, self.scaling, late)
 
         for index, layer in enumerate(self.layers):
             x = self._through(layer, index, x, turn, attend)
@@ -154,10 +183,15 @@ class LeanDecoder:
         signed = torch.cat((-sine[0, :, :half], sine[0, :, half:]), -1)
         return cosine[0].unsqueeze(1), signed.unsqueeze(1)
 
+    def _late_turn(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines in float32 [tokens, d], for attention that turns queries and keys itself."""
+        cosine, sine = self.rotary(self.embedding[:1].float(), positions.unsqueeze(0))
+        return cosine[0].contiguous(), sine[0].contiguous()
+
     def _through(
-        self, layer: _Layer, index: int, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], attend: Any
+        self, layer: _Layer, index: int, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor] | None, attend: Any
     ) -> torch.Tensor:
-        """One layer for tokens x [tokens, hidden]."""
+        """One layer for tokens x [tokens, hidden]. Without `turn` queries and keys go to `attend` unturned."""
         normed = layer.before_attention(x)
         both = self.heads + self.kv_heads
         if len(layer.qkv) == 1:
@@ -170,10 +204,11 @@ class LeanDecoder:
             norm_query, norm_key = layer.head_norms
             parts = norm_query(turning[:, : self.heads]), norm_key(turning[:, self.heads :])
             turning = torch.cat(parts, 1)
-        half = self.width // 2
-        swapped = torch.cat((turning[..., half:], turning[..., :half]), -1)
-        turned = torch.addcmul(turning * turn[0], swapped, turn[1])
-        mixed = attend(index, turned[:, : self.heads], turned[:, self.heads :], value)
+        if turn is not None:
+            half = self.width // 2
+            swapped = torch.cat((turning[..., half:], turning[..., :half]), -1)
+            turning = torch.addcmul(turning * turn[0], swapped, turn[1])
+        mixed = attend(index, turning[:, : self.heads], turning[:, self.heads :], value)
         x = layer.output.add(mixed.reshape(len(x), -1), x)
         normed = layer.before_mlp(x)
         gate = layer.gate.silu(normed) if layer.activation is None else layer.activation(layer.gate(normed))
@@ -186,6 +221,7 @@ class LeanDecoder:
     def reset(self) -> None:
         """See `Decoder.reset`."""
         self._cache = None
+        self._prefix = []
 
     def twin(self) -> LeanDecoder:
         """See `Decoder.twin`."""
@@ -195,26 +231,47 @@ class LeanDecoder:
 
 
 class _Table:
-    """Prompts of different lengths: flat token numbers to a padded [prompts, longest] table and back."""
+    """Prompts of different lengths behind a shared prefix: flat tokens to a padded [prompts, longest] table and back."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], shared: int, device: torch.device) -> None:
         longest = max(lengths)
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        self.positions = torch.tensor([t for n in lengths for t in range(n)], device=device)
+        self.positions = torch.tensor([shared + t for n in lengths for t in range(n)], device=device)
         self.last = torch.tensor([s + n - 1 for s, n in zip(starts, lengths, strict=True)], device=device)
         cells = [[s + min(t, n - 1) for t in range(longest)] for s, n in zip(starts, lengths, strict=True)]
         self.padded = None if all(n == longest for n in lengths) else torch.tensor(cells, device=device)
         flat = [i * longest + t for i, n in enumerate(lengths) for t in range(n)]
         self.flat = torch.tensor(flat, device=device)
         self.shape = len(lengths), longest
+        self.mask: torch.Tensor | None = None
+        if shared:
+            seen = torch.ones(longest, longest, dtype=torch.bool, device=device).tril_()
+            self.mask = torch.cat((torch.ones(longest, shared, dtype=torch.bool, device=device), seen), 1)
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Causal attention within each prompt: query [tokens, heads, d] -> alike. Padding lies to the right, unseen."""
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Causal attention within each prompt and to the prefix: query [tokens, heads, d] -> alike.
+
+        Padding lies to the right, unseen.
+        """
         group = query.shape[1] // key.shape[1]
         query, key, value = (self._pad(part).transpose(1, 2) for part in (query, key, value))
+        if prefix is not None:
+            key, value = (
+                torch.cat((before.expand(self.shape[0], -1, -1, -1), part), 2)
+                for before, part in zip(prefix, (key, value), strict=True)
+            )
         if group > 1:
             key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2)
+        mixed = scaled_dot_product_attention(
+            query, key, value, attn_mask=self.mask, is_causal=self.mask is None, scale=scaling
+        ).transpose(1, 2)
         return mixed.reshape(self.shape[0] * self.shape[1], *mixed.shape[2:])[self.flat]
 
     def _pad(self, part: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,9 @@ class Decoder(Protocol):
     def cache(self) -> BlockCache:
         """Where the rows' keys and values are."""
 
+    def share(self, prefix: Sequence[int]) -> None:
+        """All prompts admitted until `reset` begin with `prefix` and are longer: it may be run once for all."""
+
     def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> torch.Tensor:
         """Run the prompts and append `copies[i]` rows that continue prompt i; features of each last token [prompts, ...]."""
 
@@ -98,6 +101,8 @@ def blocks_attention(
             module, query, key, value, None, scaling=scaling, **kwargs
         )
         return out
+    if query.shape[1] != layer.blocks.heads:
+        raise NotImplementedError("layers with different numbers of heads")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mixed = layer.blocks.attend(layer.index, query[:, :, 0], key[:, :, 0], value[:, :, 0], scale)
     return mixed.unsqueeze(1), None
@@ -122,6 +127,9 @@ class ModuleDecoder:
         assert self._cache is not None
         return self._cache
 
+    def share(self, prefix: Sequence[int]) -> None:
+        """See `Decoder.share`: not made use of."""
+
     @torch.inference_mode()
     def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> torch.Tensor:
         """See `Decoder.admit`. Prompts are padded on the right, where causal attention never looks."""
@@ -140,15 +148,22 @@ class ModuleDecoder:
         )
         if self._cache is None:
             keys, values = made.layers[0].keys, made.layers[0].values
+            heads = int(self.model.config.get_text_config().num_attention_heads)
             self._cache = BlockCache(
-                len(made.layers), keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device
+                len(made.layers),
+                heads,
+                keys.shape[1],
+                keys.shape[3],
+                values.shape[3],
+                keys.dtype,
+                keys.device,
             )
             layers = [_BlockLayer(self._cache, i) for i in range(len(made.layers))]
             self._adapter = Cache(layers=layers)
         slots = self._cache.admit(lengths, copies)
         for index, layer in enumerate(made.layers):
             for slot, length, keys, values in zip(slots, lengths, layer.keys, layer.values, strict=True):
-                self._cache.put_prompt(index, slot, keys[:, :length], values[:, :length])
+                self._cache.put_prompt(index, slot, 0, keys[:, :length], values[:, :length])
         logits: torch.Tensor = out.logits[
             torch.arange(len(prompts), device=self.device), torch.searchsorted(keep, last)
         ]

@@ -20,6 +20,8 @@ from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Completi
 HEAD_ROWS = 64
 """Logits are made and sampled for so many rows at a time, so that they stay in the processor's cache."""
 
+LEAST_PREFIX = 8
+"""Prompts that begin alike for at least so many tokens (a system prompt, examples) share the work for them."""
 SLACK = 64
 """Positions that every row must be able to grow by when another one is admitted, so that it is not sent back at once."""
 
@@ -61,6 +63,16 @@ def schedule(requests: Sequence[Request], max_rows: int) -> list[Piece]:
         wanted = range(len(requests[i].sample_indices))
         pieces.extend((requests[i], list(wanted[at : at + max_rows])) for at in range(0, len(wanted), max_rows))
     return pieces
+
+
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> list[int]:
+    """The tokens that all prompts begin with, leaving at least one to each."""
+    if not prompts:
+        return []
+    first, last = min(prompts), max(prompts)
+    room = min(map(len, prompts)) - 1
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return list(first[: min(same, room)])
 
 
 def _no_heartbeat(num_tokens: int) -> None:
@@ -109,6 +121,9 @@ class Shard:
                 waiting.append((request, samples))
         waiting.reverse()
         try:
+            prefix = common_prefix([request.prompt_ids for request, _ in waiting])
+            if len(waiting) > 1 and len(prefix) >= LEAST_PREFIX:
+                self.decoder.share(prefix)
             while waiting or self.rows or self.preempted:
                 if self.preempted or waiting:
                     yield from self._admit(waiting)

@@ -13,6 +13,7 @@ from helpers_generate import engine_of, requests_of, run
 
 from iterative_sft_cli.generate.embedded_lean import LeanDecoder
 from iterative_sft_cli.generate.embedded_module import ModuleDecoder
+from iterative_sft_cli.generate.embedded_shard import common_prefix
 from iterative_sft_cli.types import EOS, LENGTH, Decoding, Request, derive_seed
 
 
@@ -224,3 +225,26 @@ def test_one_row_more_than_memory_allows_is_sent_back_and_resumes_exactly() -> N
     roomy = run(engine, requests, decoding)
     tight = run(engine, requests, decoding, max_rows=16, cache_tokens_per_row=60, admit_rows=1)
     assert {k: c.token_ids for k, c in tight.items()} == {k: c.token_ids for k, c in roomy.items()}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "mistral_window"])
+def test_prompts_that_begin_alike(name: str) -> None:
+    model = sharper(MODELS[name][0]())
+    engine = engine_of(model)
+    start = tuple(range(20, 32))
+    requests = [
+        Request(r.prompt_id, "", start + r.prompt_ids, r.sample_indices, r.seeds) for r in requests_of([1, 9, 4, 2, 4])
+    ]
+    requests.append(Request("start", "", start, (0,), (1,)))
+    for some in (requests, requests[:5], requests[:1]):
+        got = run(engine, some, Decoding(do_sample=False, max_new_tokens=50), max_rows=3, admit_rows=1)
+        for request in some:
+            assert list(got[request.prompt_id, 0].token_ids) == by_generate(model, request, 50)
+
+
+def test_common_prefix() -> None:
+    assert common_prefix([]) == []
+    assert common_prefix([(1, 2, 3, 4), (1, 2, 3, 5), (1, 2, 9)]) == [1, 2]
+    assert common_prefix([(1, 2, 3), (1, 2, 3, 4)]) == [1, 2]
+    assert common_prefix([(1, 2, 3)] * 2) == [1, 2]
+    assert common_prefix([(5,), (5, 6)]) == []
