@@ -11,6 +11,8 @@ import typer
 from iterative_sft_cli.cli import AsJson, app, print_json
 from iterative_sft_cli.errors import EXIT_STORAGE, ConfigError, DataError
 
+MAX_BROKEN = 5
+"""Runs that cannot be read of which `list` says why."""
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
 
 
@@ -120,7 +122,7 @@ def show(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Print how RUN stands: status, rounds, curves, the last funnel, lineage; also while it goes on."""
+    """Print how RUN stands: status, rounds, curves, the funnel of each, lineage; also while it goes on."""
     from iterative_sft_cli.report.reader import Run
     from iterative_sft_cli.report.show import print_show, summary
     from iterative_sft_cli.report.show import watch as keep_watching
@@ -142,6 +144,7 @@ def why(
     sample_id: Annotated[
         str, typer.Argument(metavar="SAMPLE_ID", help="A sample's id, such as 2-p17-0.", show_default=False)
     ],
+    eval_: Annotated[bool, typer.Option("--eval", help="A sample of the round's evaluation instead.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Tell the whole story of one sample: seed, decoding, weights, every verdict, and the steps it trained in."""
@@ -149,7 +152,7 @@ def why(
     from iterative_sft_cli.report.screen import screen
     from iterative_sft_cli.report.why import print_story, story_of
 
-    story = story_of(Run.open(run), sample_id)
+    story = story_of(Run.open(run), sample_id, evaluation=eval_)
     if as_json:
         print_json(story)
     else:
@@ -176,6 +179,11 @@ def list_(
         print_rows(found)
     elif found:
         screen().print(table(COLUMNS, map(cells, found)))
+        broken = [row for row in found if row["error"] is not None]
+        for row in broken[:MAX_BROKEN]:
+            say(f"{row['run']}: {row['error'].splitlines()[0]}")
+        if len(broken) > MAX_BROKEN:
+            say(f"{len(broken) - MAX_BROKEN} more cannot be read; --json says why")
     if not found:
         say(f"{where}: no runs here")
     return 0

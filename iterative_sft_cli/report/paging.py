@@ -216,8 +216,8 @@ class RoundReader:
         sample = sample_from_row(row, self.prompt(row["prompt_id"]))
         return StoredSample(sample, row["seed"], tuple(says), accepted, HINTED in row)
 
-    def shards_of(self, prompt_id: str, most: int | None = None) -> list[str]:
-        """The judged shards that hold samples of a prompt, in order; their bytes are searched, not decoded.
+    def shards_of(self, prompt_id: str, most: int | None = None, *, sample_id: str | None = None) -> list[str]:
+        """The judged shards that hold samples of a prompt (or that one sample of it), in order; their bytes are searched, not decoded.
 
         The search begins near where the prompt stands in the round and ends once `most` samples (None: never) are found.
         """
@@ -225,6 +225,8 @@ class RoundReader:
         if at is None:
             return []
         wanted = json.dumps(f"{self.round_index}-{prompt_id}-").encode("ascii")[:-1]
+        if sample_id is not None:
+            wanted = b'"sample_id":' + json.dumps(sample_id).encode("ascii")
         guess = at * len(self.judged) // max(1, len(self.prompts))
         found, num_samples = [], 0
         for index in sorted(range(len(self.judged)), key=lambda index: abs(index - guess)):

@@ -76,8 +76,13 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
 def cells(row: dict[str, Any]) -> tuple[object, ...]:
     """The cells of a run in the table."""
     if row["error"] is not None:
-        return (row["run"], "unreadable", "-", row["error"].splitlines()[0], "-", "-", "-", "", "-")
+        return (row["run"], "unreadable", *("-",) * 5, "", "-")
     figures = (number(row["start"]), number(row["last"]), number(row["best"]))
     rounds = f"{row['rounds_done']}/{row['rounds']}"
     metric = row["metric"].removeprefix("eval/")
-    return (row["run"], row["state"], rounds, metric, *figures, sparkline(row["curve"]), row["model"])
+    return (row["run"], row["state"], rounds, metric, *figures, sparkline(row["curve"]), short_model(row["model"]))
+
+
+def short_model(name: str) -> str:
+    """A model's name without the folders before its own: hub ids stay whole."""
+    return name.rstrip("/").rpartition("/")[2] if name.count("/") > 1 or name.startswith((".", "/")) else name

@@ -1,8 +1,9 @@
-"""`isft show`: status, table of rounds, curves, the funnel of the last round and the lineage; also while the run goes on."""
+"""`isft show`: status, table of rounds, curves, the funnel of each round and the lineage; also while the run goes on."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ CURVES = (
     ("cut off share", "generate/truncated_rate"),
     ("distinct-2", "filters/distinct_2"),
 )
+MAX_REASONS = 6
+"""Reasons that are shown of one filter."""
+MIN_NAME, ROUND_WIDTH = 16, 12
+"""Columns for the names, and for each round, in the table of funnels."""
 STYLES = {COMPLETE: "bold green", RUNNING: "bold cyan", STOPPED: "bold yellow", KILLED: "bold red"}
 
 
@@ -49,7 +54,6 @@ def round_seconds(telemetry: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 def summary(run: Run) -> dict[str, Any]:
     """Everything `isft show` prints, as plain data."""
     stats = run.stats
-    last = next((row for row in reversed(stats) if row["round"] > 0), None)
     seconds = round_seconds(run.view.telemetry_rows())
     best = run.best_round
     return {
@@ -62,7 +66,7 @@ def summary(run: Run) -> dict[str, Any]:
         "checkpoints": run.view.keys,
         "rounds": stats,
         "seconds": {str(index): value for index, value in seconds.items()},
-        "funnel": {"round": last["round"], "filters": funnel_of(last)} if last else None,
+        "funnels": [{"round": row["round"], "filters": funnel_of(row)} for row in stats if row["round"] > 0],
         "lineage": lineage(run.view, run.settings),
     }
 
@@ -92,9 +96,9 @@ def print_show(run: Run) -> str:
         rich.print()
         rich.print(view.rounds_table([(row, found["seconds"].get(str(row["round"]))) for row in stats]))
         print_curves(rich, stats, found["metric"])
-    if found["funnel"]:
+    if found["funnels"]:
         rich.print()
-        rich.print(funnel_table(found["funnel"]))
+        rich.print(funnel_table(found["funnels"], rich.width))
     rich.print()
     for row in found["lineage"]:
         rich.print(safe_text(describe(row)), soft_wrap=True)
@@ -114,15 +118,32 @@ def print_curves(rich: Any, stats: Sequence[Mapping[str, Any]], metric: str) -> 
             rich.print(safe_text(f"{name:>16} {line} {number(known[0])} -> {number(known[-1])}"), soft_wrap=True)
 
 
-def funnel_table(funnel: Mapping[str, Any]) -> Any:
-    """The funnel of a round as a table."""
-    rows = []
-    for one in funnel["filters"]:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in list(one["reasons"].items())[:6])
-        left = one["entered"] - one["dropped"]
-        rows.append((one["filter"], f"{one['entered']:,}", f"{one['dropped']:,}", f"{left:,}", reasons))
-    columns = (("filter", "left"), ("entered", "right"), ("dropped", "right"), ("left", "right"), ("reasons", "left"))
-    return table(columns, rows, title=f"round {funnel['round']}: what the filters did")
+def funnel_table(funnels: Sequence[Mapping[str, Any]], width: int) -> Any:
+    """The funnels of the rounds side by side, as many of the newest as fit: what each filter left, and below it what it dropped for which
+    reason."""
+    names = list(dict.fromkeys(one["filter"] for funnel in funnels for one in funnel["filters"]))
+    first = max([len(name) for name in names] + [MIN_NAME]) + 4
+    shown = funnels[-max(1, (width - first) // ROUND_WIDTH) :]
+    by_round = [{one["filter"]: one for one in funnel["filters"]} for funnel in shown]
+    rows: list[tuple[object, ...]] = [("generated", *(_entered(funnel) for funnel in shown))]
+    for name in names:
+        mine = [found.get(name) for found in by_round]
+        if not any(mine):
+            continue
+        rows.append((name, *("-" if one is None else f"{one['entered'] - one['dropped']:,}" for one in mine)))
+        counts = Counter[str]()
+        for one in mine:
+            counts.update((one or {}).get("reasons", {}))
+        for reason, _ in counts.most_common(MAX_REASONS):
+            dropped = ((one or {}).get("reasons", {}).get(reason) for one in mine)
+            rows.append((f"  {reason}", *(f"-{count:,}" if count else "" for count in dropped)))
+    columns = [("filter", "left"), *((f"round {funnel['round']}", "right") for funnel in shown)]
+    hidden = f" (the newest {len(shown)} of {len(funnels)} rounds)" if len(shown) < len(funnels) else ""
+    return table(columns, rows, title=f"what each filter left, and what it dropped{hidden}")
+
+
+def _entered(funnel: Mapping[str, Any]) -> str:
+    return f"{funnel['filters'][0]['entered']:,}" if funnel["filters"] else "-"
 
 
 def watch(path: Any, every_s: float) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 from iterative_sft_cli.console import safe_text
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.report.lineage import lineage
-from iterative_sft_cli.report.paging import RoundReader, open_lines, prompt_of
-from iterative_sft_cli.report.query import filter_names
+from iterative_sft_cli.report.paging import EvalReader, RoundReader, open_lines, prompt_of
+from iterative_sft_cli.report.query import filter_names, sampled_rounds
 from iterative_sft_cli.report.reader import Run
 from iterative_sft_cli.report.sample_text import indented, sample_row, says_text, whole_prompt
 from iterative_sft_cli.rounds.gather import SEED_DATA, Gathered, scores_of
 from iterative_sft_cli.rounds.training import plan_passes
+from iterative_sft_cli.rounds.weights import round_key
 from iterative_sft_cli.samples import TRAIN, StoredSample, iter_accepted, kept_of
 from iterative_sft_cli.train.pool import pool_rounds
 from iterative_sft_cli.types import TrainRow
@@ -24,14 +25,33 @@ from iterative_sft_cli.types import TrainRow
 DECODING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample", "max_new_tokens", "stop")
 
 
-def story_of(run: Run, sample_id: str) -> dict[str, Any]:
-    """Everything known of a sample. Raises ConfigError when the run has none of that id."""
-    stored, meta, shard, token_ids = find(run, sample_id)
+def story_of(run: Run, sample_id: str, *, evaluation: bool = False) -> dict[str, Any]:
+    """Everything known of a sample; with `evaluation` of one of the round's evaluation. Raises ConfigError when the run has none of that id."""
+    stored, meta, shard, token_ids = find(run, sample_id, evaluation=evaluation)
     index = stored.sample.round_index
+    if evaluation:
+        greedy = {"do_sample": False} if stored.sample.sample_index < 0 else {}
+        decoding = run.settings.eval_decoding()
+        return {
+            **sample_row(stored),
+            "evaluation": True,
+            "shard": shard,
+            "prompt_ids": list(stored.sample.prompt_ids),
+            "completion_ids": token_ids,
+            "generated_with": "the starting model"
+            if index == 0 and not run.settings.warmup
+            else f"checkpoint {round_key(index)}",
+            "weights": meta.get("weights"),
+            "plan": meta.get("plan"),
+            "decoding": {**{name: getattr(decoding, name) for name in DECODING}, **greedy},
+            "not_asked": [],
+            "trained": [],
+        }
     at = run.settings.at_round(index)
     asked = [str(says["filter"]) for says in stored.says]
     line = next((row for row in lineage(run.view, run.settings) if row["round"] == index), {})
     return {
+        "evaluation": False,
         **sample_row(stored),
         "shard": shard,
         "prompt_ids": list(stored.sample.prompt_ids),
@@ -45,21 +65,20 @@ def story_of(run: Run, sample_id: str) -> dict[str, Any]:
     }
 
 
-def find(run: Run, sample_id: str) -> tuple[StoredSample, dict[str, Any], str, list[int]]:
+def find(run: Run, sample_id: str, *, evaluation: bool) -> tuple[StoredSample, dict[str, Any], str, list[int]]:
     """(sample, meta of its shard, name of its shard, its token ids)."""
     round_text, dash, _ = sample_id.partition("-")
-    rounds = run.rounds
+    rounds = sampled_rounds(run.view, evaluation=evaluation)
+    listing = f"isft samples {run.path}" + (" --eval" if evaluation else "")
     if not dash or not round_text.isdigit() or int(round_text) not in rounds:
-        gone = round_text.isdigit() and kept_of(run.view.shards, int(round_text)) == "none"
+        gone = not evaluation and round_text.isdigit() and kept_of(run.view.shards, int(round_text)) == "none"
         raise ConfigError(
             f"{sample_id}: " + ("the samples of its round were dropped (samples.keep)" if gone else "no such sample"),
             expected=f"ROUND-PROMPT-INDEX with a round of {', '.join(map(str, rounds)) or 'none yet'}",
-            hint=f"isft samples {run.path} lists the samples of a round with their ids",
+            hint=f"{listing} lists the samples of a round with their ids",
         )
-    reader = RoundReader(run.view, int(round_text))
-    for name in reader.shards_of(
-        prompt_of(sample_id, reader.round_index), 1 if reader.names == reader.judged else None
-    ):
+    reader = (EvalReader if evaluation else RoundReader)(run.view, int(round_text))
+    for name in reader.shards_of(prompt_of(sample_id, reader.round_index), 1, sample_id=sample_id):
         for position, found, says, accepted in reader.says(name):
             if found == sample_id:
                 lines = reader.generated(name)
@@ -70,7 +89,7 @@ def find(run: Run, sample_id: str) -> tuple[StoredSample, dict[str, Any], str, l
         missing = "no such sample among those it accepted, and only these were kept (samples.keep: accepted)"
     raise ConfigError(
         f"{sample_id}: round {reader.round_index} has {missing}",
-        hint=f"isft samples {run.path} --round {reader.round_index} lists those it has",
+        hint=f"{listing} --round {reader.round_index} lists those it has",
     )
 
 
@@ -141,7 +160,8 @@ def print_story(rich: Any, story: dict[str, Any]) -> None:
 
         rich.print(Text(safe_text(text), style=style or ""), soft_wrap=True)
 
-    line(f"{story['sample_id']}: {'accepted' if story['accepted'] else 'rejected'}", "bold")
+    words = ("correct", "wrong") if story["evaluation"] else ("accepted", "rejected")
+    line(f"{story['sample_id']}: {words[0] if story['accepted'] else words[1]}", "bold")
     line(f"prompt {story['prompt_id']}" + ("" if story["answer"] is None else f" (answer: {story['answer']})"))
     line(indented(whole_prompt(story["prompt"]), None))
     line("completion" + (" (a second try, made with a hint that is not shown here)" if story["hinted"] else ""))
@@ -151,14 +171,19 @@ def print_story(rich: Any, story: dict[str, Any]) -> None:
     line(f"{tokens}, ended by {story['finish_reason']}{probability}")
     line("generated", "bold")
     line(f"  by {story['generated_with']}, weights {story['weights']}")
-    decoding = ", ".join(f"{name} {value}" for name, value in story["decoding"].items() if value not in ([], None))
+    decoding = ", ".join(f"{name} {value}" for name, value in story["decoding"].items() if value not in ([], (), None))
+    plan = ", ".join(f"{name} {value}" for name, value in (story["plan"] or {}).items()) or "none"
     line(f"  seed {story['seed']}; {decoding}")
-    line(f"  in {story['shard']}, batch plan {story['plan']}")
+    line(f"  in {story['shard']}, batch plan: {plan}")
     line("judged", "bold")
     for says in story["says"]:
         line(f"  {says['filter']}: {says_text(says)}")
     for name in story["not_asked"]:
         line(f"  {name}: not asked, the sample was out by then")
+    if story["evaluation"]:
+        line("trained", "bold")
+        line("  never: it is a sample of the evaluation")
+        return
     line("trained", "bold")
     for one in story["trained"]:
         where = ", ".join(

@@ -28,8 +28,9 @@ def test_runs_are_listed_and_a_broken_one_says_so(folder, capsys):
     assert rows["good"]["state"] == "complete" and rows["good"]["rounds_done"] == 3 and rows["good"]["best_round"] == 3
     assert rows["good"]["start"] < rows["good"]["last"] == rows["good"]["best"]
     assert rows["broken"]["error"] and rows["broken"]["state"] == "unreadable"
-    code, out, _ = call(capsys, "list", folder)
+    code, out, err = call(capsys, "list", folder)
     assert code == 0 and "group/other" in out and "unreadable" in out and "complete" in out
+    assert err.startswith("broken: ") and err.count("\n") == 1
 
 
 def test_a_folder_without_runs_and_no_folder(tmp_path, capsys):

@@ -18,14 +18,17 @@ from iterative_sft_cli.console import Console
 from iterative_sft_cli.errors import GuardStop
 from iterative_sft_cli.experiment import run_experiment
 from iterative_sft_cli.report.screen import sparkline
-from iterative_sft_cli.report.show import funnel_of
+from iterative_sft_cli.report.show import funnel_of, funnel_table
 
 
 def test_a_finished_run(done, capsys):
     found = call_json(capsys, "show", done)
     assert found["status"]["state"] == "complete" and found["status"]["rounds_done"] == 3
     assert found["rounds"] == Run.open(done).stats and found["best_round"] == 3
-    assert [one["filter"] for one in found["funnel"]["filters"]] == ["finished", "numeric_answer", "dedup"]
+    assert [one["round"] for one in found["funnels"]] == [1, 2, 3]
+    for one, row in zip(found["funnels"], Run.open(done).stats[1:], strict=True):
+        assert [each["filter"] for each in one["filters"]] == ["finished", "numeric_answer", "dedup"]
+        assert one["filters"] == funnel_of(row)
     code, out, err = call(capsys, "show", done)
     assert code == 0 and err == "" and "complete, 3 of 3 rounds" in out
     for word in ("pass@1", "wrong_answer", "accepted share", "trained from checkpoint 0002", "best by pass@1: round 3"):
@@ -39,6 +42,17 @@ def test_the_funnel_adds_up(done):
         assert before["entered"] - before["dropped"] == after["entered"]
     assert all(sum(one["reasons"].values()) == one["dropped"] for one in funnel)
     assert funnel[-1]["entered"] - funnel[-1]["dropped"] == last["filters/num_accepted"]
+
+
+def test_every_rounds_funnel_stands_in_the_table(done, capsys, monkeypatch):
+    stats = Run.open(done).stats[1:]
+    _, out, _ = call(capsys, "show", done)
+    lines = {" ".join(line.split()[:-3]): line.split()[-3:] for line in out.splitlines() if len(line.split()) > 3}
+    assert lines["generated"] == ["48"] * 3
+    assert lines["wrong_answer"] == [f"-{row['filters/numeric_answer/reason/wrong_answer']}" for row in stats]
+    assert lines["dedup"] == [str(row["filters/num_accepted"]) for row in stats]
+    narrow = funnel_table([{"round": n, "filters": funnel_of(stats[0])} for n in range(1, 13)], 80)
+    assert len(narrow.columns) == 6 and "newest 5 of 12 rounds" in narrow.title
 
 
 def test_the_lineage_is_what_happened(done, tmp_path, capsys):
@@ -108,5 +122,5 @@ def test_a_run_that_was_only_created(tmp_path, capsys):
     RunDir.create(tmp_path / "new", config_source=b"", resolved=resolved, environment={}).close()
     (tmp_path / "new" / "LOCK").unlink()
     found = call_json(capsys, "show", tmp_path / "new")
-    assert found["status"]["state"] == "not started" and found["rounds"] == [] and found["funnel"] is None
+    assert found["status"]["state"] == "not started" and found["rounds"] == [] and found["funnels"] == []
     assert json.dumps(found)

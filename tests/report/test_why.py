@@ -68,6 +68,36 @@ def test_seed_decoding_weights_and_verdicts(done, capsys):
     assert code == 0 and err == "" and "dedup: not asked" in out and "was not accepted" in out and "seed " in out
 
 
+def test_a_sample_of_the_evaluation_has_its_story_too(done, capsys):
+    rows = {row["sample_id"]: row for row in call_json(capsys, "samples", done, "--eval", "--round", 2, "--limit", 0)}
+    _, meta = Run.open(done).view.shards.read(2, "eval-00000")
+    for sample_id in list(rows)[::7]:
+        story = call_json(capsys, "why", done, sample_id, "--eval")
+        assert story["completion"] == rows[sample_id]["completion"] and story["says"] == rows[sample_id]["says"]
+        assert story["generated_with"] == "checkpoint 0002" and story["weights"] == meta["weights"] != "toy-base"
+        assert (
+            story["trained"] == []
+            and story["decoding"]["temperature"] == Run.open(done).settings.eval_decoding().temperature
+        )
+    assert call_json(capsys, "why", done, "0-0-0", "--eval")["generated_with"] == "the starting model"
+    _, out, _ = call(capsys, "why", done, sample_id, "--eval")
+    assert "never: it is a sample of the evaluation" in out and ("correct" in out or "wrong" in out)
+    code, _, err = call(capsys, "why", done, "2-99-0", "--eval")
+    assert code == 2 and "samples" in err and "--eval" in err
+
+
+def test_every_sample_of_a_prompt_that_was_drawn_in_waves_is_found(tmp_path, capsys):
+    run = report_runs.train(
+        tmp_path,
+        rounds=1,
+        generate={"until_accepted": 2, "samples_per_prompt": 16},
+        filters=["finished", "numeric_answer"],
+    )
+    stored = list(Run.open(run).iter_samples())
+    shards = {call_json(capsys, "why", run, one.sample.sample_id)["shard"] for one in stored[:: len(stored) // 12]}
+    assert len(shards) > 1
+
+
 @pytest.mark.parametrize("sample_id", ["9-1-1", "1-none-0", "x", "", "1-0-99"])
 def test_an_unknown_id_is_exit_2_with_the_way_to_find_one(done, capsys, sample_id):
     code, out, err = call(capsys, "why", done, sample_id)
