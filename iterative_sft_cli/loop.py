@@ -43,11 +43,12 @@ def run_rounds(stages: Stages) -> None:
     point = ResumePoint.of(checkpoint)
     settle_thinned(stages.run.shards, range(1, stages.config.rounds + 1), point.round_index + (point.step is None))
     restore(stages.learner, checkpoint)
-    try:
-        for round_index in range(0 if point.round_index == 0 else point.round_index, stages.config.rounds + 1):
-            one_round(stages, round_index, point)
-    finally:
-        stages.session.close()
+    with stages.runtime:
+        try:
+            for round_index in range(0 if point.round_index == 0 else point.round_index, stages.config.rounds + 1):
+                one_round(stages, round_index, point)
+        finally:
+            stages.session.close()
 
 
 def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
@@ -72,6 +73,7 @@ def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
             seed=config.seed,
             round_index=round_index,
             cache_dir=stages.cache_dir,
+            runtime=stages.runtime,
             encoder=stages.encoder,
         )
         with chain:
@@ -119,6 +121,7 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
             round_index=round_index,
             accepted_earlier=AcceptedEarlier(run.shards, round_index),
             cache_dir=stages.cache_dir,
+            runtime=stages.runtime,
             encoder=stages.encoder,
             max_length=config.train.max_length,
             scores_read=scores_read(config),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from iterative_sft_cli.config.findings import Step
 from iterative_sft_cli.config.problems import COMMAND_LINE, Places, Problem, dotted, undotted
 from iterative_sft_cli.config.schedule import looks_like_schedule
+from iterative_sft_cli.config.section_filters import FilterEntry
 from iterative_sft_cli.config.yaml_loader import read_scalar, read_yaml
 
 # A text there stands for a mapping with this one key.
@@ -57,6 +59,7 @@ def apply_override(data: dict[str, Any], text: str, places: Places, named: set[t
     value, problem = read_value(raw, path)
     if problem is not None:
         return problem
+    path = _filter_argument(data, path)
     if isinstance(value, str) and path in SHORT_FORMS and isinstance(_find(data, path), dict):
         path = (*path, SHORT_FORMS[path])  # type: ignore[index]
     changed = _put(data, path, value)
@@ -94,6 +97,26 @@ def read_value(text: str, path: tuple[Step, ...]) -> tuple[Any, Problem | None]:
         what = f"{fault.what} (character {fault.mark.column})"
         return None, Problem(COMMAND_LINE, None, (*path, *fault.path), what, fault.expected)
     return document.data, None
+
+
+def _filter_argument(data: dict[str, Any], path: tuple[Step, ...]) -> tuple[Step, ...]:
+    """`filters[1].min` and `filters[1].threshold.min` mean the argument `min` of entry 1, in whichever form that entry stands."""
+    if len(path) < 3 or path[0] != "filters" or not isinstance(path[1], int):
+        return path
+    entry, key = _find(data, path[:2]), path[2]
+    if not isinstance(key, str) or key in FilterEntry.model_fields:
+        return path
+    use = entry if isinstance(entry, str) else entry.get("use") if isinstance(entry, dict) else None
+    if use is None and isinstance(entry, dict) and len(entry) == 1:
+        use = next(iter(entry))
+    # a name that is nearly one of the long form's is told as that, not as an argument
+    if use is None or get_close_matches(key, FilterEntry.model_fields, n=1, cutoff=0.75):
+        return path
+    in_short_form = isinstance(entry, dict) and "use" not in entry
+    if path[2:] == (use,):
+        return path if in_short_form or isinstance(entry, str) else (*path[:2], "bare")
+    inner = path[3:] if key == use else path[2:]
+    return (*path[:2], use if in_short_form and isinstance(entry[use], dict) else "args", *inner)
 
 
 def _find(data: Any, path: tuple[Step, ...]) -> Any:

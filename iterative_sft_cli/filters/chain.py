@@ -88,6 +88,8 @@ class FilterChain:
     def close(self) -> None:
         """Free what the filters hold on an accelerator; end the workers of a chain that has its own runtime."""
         self.runtime.release_device()
+        for runner in self.runners:
+            runner.close()
         if self._own_runtime:
             self.runtime.close()
 

@@ -38,6 +38,9 @@ class Runner(Protocol):
     def judge_many(self, samples: Sequence[Sample]) -> list[Outcome] | Future[list[Outcome]]:
         """A `group` or `samples` filter's outcomes, in order."""
 
+    def close(self) -> None:
+        """Remove what was written for this round alone."""
+
 
 class DirectRunner:
     """Calls the filter in this process. What it raises becomes a PluginError with the filter, the prompt and the cause."""
@@ -63,6 +66,9 @@ class DirectRunner:
             return to_outcome(self._call(own_copy(sample), context))
         except Exception as error:
             raise blame(self._one, error, prompt_id=sample.prompt_id, sample_id=sample.sample_id) from error
+
+    def close(self) -> None:
+        """Nothing was written."""
 
     def judge_batch(self, samples: Sequence[Sample]) -> list[Outcome]:
         """All samples at once."""
@@ -137,6 +143,9 @@ class ThreadRunner:
             self._cache.put(key, [outcome_to_row(outcome)])
         return outcome
 
+    def close(self) -> None:
+        """Nothing was written."""
+
     def judge_batch(self, samples: Sequence[Sample]) -> list[Outcome]:
         """Not used: threads take samples one by one."""
         raise NotImplementedError
@@ -158,8 +167,10 @@ class WorkerRunner:
         head: Mapping[str, Any],
         cache: ResultCache | None,
         store_round: Callable[[Sequence[Sample]], Path],
+        history: Path | None = None,
     ) -> None:
         self._one = one
+        self._history = history
         self._pool = pool
         self._head = dict(head)
         self._cache = cache
@@ -177,6 +188,11 @@ class WorkerRunner:
         first.set_running_or_notify_cancel()
         found.add_done_callback(lambda done: _hand_over(done, first))
         return first
+
+    def close(self) -> None:
+        """Remove the earlier rounds' file: over many rounds they would fill the temporary folder."""
+        if self._history is not None:
+            self._history.unlink(missing_ok=True)
 
     def judge_batch(self, samples: Sequence[Sample]) -> list[Outcome]:
         """Not used: workers take samples one by one."""

@@ -29,7 +29,10 @@ def num_threads(one: ResolvedFilter) -> int:
 
 
 class Runtime:
-    """Workers, loaded models and caches of a run's filters; they serve every chain. Close it at the end."""
+    """Workers, loaded models and caches of a run's filters; they serve every chain. Close it at the end.
+
+    A filter whose arguments a schedule changed gets new ones; the old are ended once a later round is under way.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -37,6 +40,7 @@ class Runtime:
         self._executors: dict[bytes, ThreadPoolExecutor] = {}
         self._pools: dict[bytes, WorkerPool] = {}
         self._caches: dict[tuple[Path, bytes], ResultCache] = {}
+        self._used: dict[bytes, tuple[str, str, int]] = {}
         self._watchdog = Watchdog()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._num_files = 0
@@ -59,14 +63,17 @@ class Runtime:
     ) -> Runner:
         """The runner of a filter for one round."""
         key = to_json([str(one.location), one.source_hash, one.kind, one.arguments, one.name, one.device, one.env])
+        self._retire(key, one, round_index)
         if one.isolated:
             head: dict[str, Any] = {"seed": seed, "round_index": round_index, "filter": one.name}
             cache = None
             if one.shape.takes_context:
                 # what the context gives is not part of the sample, so nothing is cached
                 head["cache_dir"] = str(cache_dir.resolve()) if cache_dir is not None else None
-                head["history"] = str(self._store_history(accepted_earlier))
-            elif cache_dir is not None:
+                history = self._store_history(accepted_earlier)
+                head["history"] = str(history)
+                return WorkerRunner(one, self._pool(key, one), head, None, self._store_round, history)
+            if cache_dir is not None:
                 cache = self._cache(cache_dir, key, one)
             return WorkerRunner(one, self._pool(key, one), head, cache, self._store_round)
 
@@ -120,13 +127,25 @@ class Runtime:
     def _pool(self, key: bytes, one: ResolvedFilter) -> WorkerPool:
         with self._lock:
             if key not in self._pools:
-                # a schedule gave the filter other arguments: its old workers are not needed again
-                for old, pool in list(self._pools.items()):
-                    if pool.one.key == one.key and pool.one.name == one.name:
-                        del self._pools[old]
-                        pool.close()
                 self._pools[key] = WorkerPool(one, self._watchdog)
             return self._pools[key]
+
+    def _retire(self, key: bytes, one: ResolvedFilter, round_index: int) -> None:
+        """Note that `one` serves this round; end what served the same filter, with other arguments, in an earlier round only."""
+        with self._lock:
+            self._used[key] = (one.key, one.name, round_index)
+            gone = [
+                old
+                for old, (place, name, last) in self._used.items()
+                if old != key and (place, name) == (one.key, one.name) and last < round_index
+            ]
+            pools = [self._pools.pop(old) for old in gone if old in self._pools]
+            executors = [self._executors.pop(old) for old in gone if old in self._executors]
+            calls = [self._calls.pop(old) for old in gone if old in self._calls]
+            caches = [self._caches.pop(place) for place in list(self._caches) if place[1] in gone]
+            for old in gone:
+                del self._used[old]
+        _end(pools, executors, calls, caches)
 
     def _cache(self, folder: Path, key: bytes, one: ResolvedFilter) -> ResultCache:
         with self._lock:
@@ -189,16 +208,26 @@ class Runtime:
             executors, self._executors = list(self._executors.values()), {}
             calls, self._calls = list(self._calls.values()), {}
             folder, self._folder = self._folder, None
-        for executor in executors:
-            executor.shutdown(wait=True, cancel_futures=True)
-        for _, _, instance in calls:
-            end = getattr(instance, "close", None)
-            if callable(end):
-                end()
-        for pool in pools:
-            pool.close()
-        for cache in caches:
-            cache.close()
+        _end(pools, executors, calls, caches)
         self._watchdog.close()
         if folder is not None:
             folder.cleanup()
+
+
+def _end(
+    pools: Sequence[WorkerPool],
+    executors: Sequence[ThreadPoolExecutor],
+    calls: Sequence[tuple[ResolvedFilter, Callable[..., Any], Any]],
+    caches: Sequence[ResultCache],
+) -> None:
+    """End workers and threads, let instances close what they opened, close files."""
+    for executor in executors:
+        executor.shutdown(wait=True, cancel_futures=True)
+    for _, _, instance in calls:
+        end = getattr(instance, "close", None)
+        if callable(end):
+            end()
+    for pool in pools:
+        pool.close()
+    for cache in caches:
+        cache.close()

@@ -17,6 +17,7 @@ from typing import Any
 from iterative_sft_cli.encoding import Thinking
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.filters import FilterChain, Judged, ResolvedFilter
+from iterative_sft_cli.filters.cache import FOLDER
 from iterative_sft_cli.loop import prompt_text, scores_read
 from iterative_sft_cli.report.paging import RoundReader, open_lines
 from iterative_sft_cli.report.reader import Run
@@ -160,6 +161,7 @@ def judge_again(run: Run, index: int, filters: Sequence[ResolvedFilter], config:
         seed=config.seed,
         round_index=index,
         accepted_earlier=AcceptedEarlier(shards, index),
+        cache_dir=run.path / FOLDER,
         encoder=splitter_of(run, index, base_dir),
         max_length=at.train.max_length,
         scores_read=scores_read(at),

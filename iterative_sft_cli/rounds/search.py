@@ -107,6 +107,7 @@ def _sample(
         seed=config.seed,
         round_index=round_index,
         cache_dir=stages.cache_dir,
+        runtime=stages.runtime,
         encoder=stages.encoder,
     )
     rows: list[Mapping[str, Any]] = []

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from iterative_sft_cli.filters.cache import FOLDER
+from iterative_sft_cli.filters.runtime import Runtime
 from iterative_sft_cli.generate.base import Engine
 from iterative_sft_cli.rounds.weights import EngineSession
 from iterative_sft_cli.samples import StoredSample
@@ -52,7 +54,6 @@ class Stages:
     base_hash: str
     mix_rows: Sequence[TrainRow] = ()
     warmup_rows: Sequence[TrainRow] = ()
-    cache_dir: Path | None = None
     grace_s: float | None = None
     base_folder: Path | None = None
     other_models: Mapping[str, Path] = field(default_factory=dict)
@@ -63,12 +64,19 @@ class Stages:
     """The content hash of the live weights where they are not the newest checkpoint's (after a roll-back)."""
     rates: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
     changes: Sequence[dict[str, Any]] = ()
+    runtime: Runtime = field(default_factory=Runtime)
+    """Workers and models of the filters: one set for every round and evaluation of the process."""
     session: EngineSession = field(init=False)
     started: float = field(default_factory=time.monotonic)
     last_save_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.session = EngineSession(self.engine, self.learner, self.run.telemetry)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where filters keep what saves work; it decides nothing and may be removed."""
+        return Path(self.run.path) / FOLDER
 
     def hours(self) -> float:
         """Wall time of this process's part of the run, in hours."""

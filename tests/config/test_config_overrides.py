@@ -43,6 +43,8 @@ from iterative_sft_cli.config.problems import dotted, undotted
         ("filters[0].timeout_s=5", "filters[0].timeout_s", 5.0),
         ("filters[2]=regex", "filters[2].use", "regex"),
         ("filters[2].dedup.scope=run", "filters[2].args.scope", "run"),
+        ("filters[2].scope=run", "filters[2].args.scope", "run"),
+        ("filters[1].drop=false", "filters[1].args.drop", False),
     ],
 )
 def test_overrides_go_where_they_point(tmp_path: Path, override: str, path: str, value: object) -> None:
@@ -50,6 +52,38 @@ def test_overrides_go_where_they_point(tmp_path: Path, override: str, path: str,
     for step in undotted(path):
         found = found[step]  # type: ignore[index]
     assert found == value and type(found) is type(value)
+
+
+LONG = (
+    "filters: [{use: threshold, args: {by: num_tokens, min: 1}}, {use: max_per_prompt, bare: 4}, {length: {max: 9}}]\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("filters[0].min=2", "filters[0].args.min", 2),
+        ("filters[0].threshold.min=2", "filters[0].args.min", 2),
+        ("filters[0].args.min=2", "filters[0].args.min", 2),
+        ("filters[1].max_per_prompt=2", "filters[1].bare", 2),
+        ("filters[2].max=2", "filters[2].args.max", 2),
+        ("filters[2].length.min=2", "filters[2].args.min", 2),
+        ("filters[2].args.min=2", "filters[2].args.min", 2),
+    ],
+)
+def test_an_argument_of_a_filter_is_named_in_either_form(
+    tmp_path: Path, override: str, path: str, value: object
+) -> None:
+    text = "".join(line + "\n" for line in SHORT.splitlines() if not line.startswith(("filters", "  - "))) + LONG
+    found: object = load(tmp_path, override, text=text).merged
+    for step in undotted(path):
+        found = found[step]  # type: ignore[index]
+    assert found == value
+    kept = load(tmp_path, override, text=text).merged["filters"][2]["args"]
+    assert kept["max"] == (2 if override == "filters[2].max=2" else 9)
+    assert problems(tmp_path, "filters[0].timeout=3", text=text) == [
+        "command line: filters[0].timeout: unknown key. Did you mean timeout_s?"
+    ]
 
 
 def test_naming_a_model_keeps_what_else_is_said_of_it(tmp_path: Path) -> None:
