@@ -147,7 +147,7 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
         seal_training_rows(stages, round_index, found.rows, passes)
         log_selected(log, found, sum(len(one.steps) for one in passes))
         if not point.in_training(round_index):
-            place_weights(stages, config)
+            place_weights(stages, config, round_index)
         train_round(
             stages,
             passes,
@@ -177,11 +177,11 @@ def warm_up(stages: Stages, config: Any, point: ResumePoint, log: RoundLog) -> N
     commit_round(stages, 0, with_state=config.train.start_from == "previous")
 
 
-def place_weights(stages: Stages, config: Any) -> None:
+def place_weights(stages: Stages, config: Any, round_index: int) -> None:
     """Put the weights that this round's training starts from into the learner."""
     start = config.train.start_from
     if start == "base":
-        stages.learner.load_weights(None)
+        stages.learner.load_weights(None, round_index=round_index)
     elif start == "best":
         stages.learner.load_weights(best_folder(stages.run, stages.run.stats.rows(), config.eval.metric)[1])
     elif start == "warmup":

@@ -129,10 +129,10 @@ def load_model(section: Any, *, seed: int = 0, base_dir: Path = Path(".")) -> Lo
     return loaded
 
 
-def reset_to_base(loaded: LoadedModel) -> None:
-    """Put the base model's weights back, read from their bytes again; with an adapter, a fresh adapter of round 0."""
+def reset_to_base(loaded: LoadedModel, round_index: int = 0) -> None:
+    """Put the base model's weights back, read from their bytes again; with an adapter, a fresh one from (seed, round)."""
     if loaded.has_adapter:
-        fresh_adapter(loaded, derive_seed(loaded.seed, "adapter", 0))
+        fresh_adapter(loaded, derive_seed(loaded.seed, "adapter", round_index))
     elif loaded.files.folder:
         load_weights_into(loaded, loaded.files.folder)
     else:

@@ -68,7 +68,7 @@ class ToyLearner:
         self.rate = 0.0
         self.heartbeat = lambda num_tokens: None
 
-    def load_weights(self, folder: Path | None) -> None:
+    def load_weights(self, folder: Path | None, *, round_index: int = 0) -> None:
         self.weights = dict(BASE) if folder is None else json.loads((folder / "model.json").read_text())
         self.moment = 0.0
 

@@ -24,8 +24,10 @@ class Learner(Protocol):
     deterministic: bool
     heartbeat: Callable[[int], None]
 
-    def load_weights(self, folder: Path | None) -> None:
-        """Take the weights in a checkpoint folder (base dtype, upcast to the training dtype), or the base model's when None; the optimizer is made fresh."""
+    def load_weights(self, folder: Path | None, *, round_index: int = 0) -> None:
+        """Take the weights in a checkpoint folder (base dtype, upcast to the training dtype), or the base model's when None; the optimizer is made fresh.
+
+        An adapter that starts from the base model is a fresh one, a function of the run's seed and `round_index`."""
 
     def load_state(self, folder: Path) -> None:
         """Take full-precision weights and optimizer from `folder/state`, exactly as they were saved."""

@@ -53,12 +53,12 @@ class TorchLearner:
         self.heartbeat: Callable[[int], None] = lambda _tokens: None
         self._away: tempfile.TemporaryDirectory[str] | None = None
 
-    def load_weights(self, folder: Path | None) -> None:
-        """Take the weights in `folder`, or the base model's when None; the optimizer is made fresh."""
+    def load_weights(self, folder: Path | None, *, round_index: int = 0) -> None:
+        """Take the weights in `folder`, or when None the base model's (an adapter: this round's fresh one); fresh optimizer."""
         from iterative_sft_cli import model
 
         if folder is None:
-            model.reset_to_base(self.loaded)
+            model.reset_to_base(self.loaded, round_index)
         else:
             model.load_weights_into(self.loaded, folder)
         self.core.weights.reread()

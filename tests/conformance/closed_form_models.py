@@ -76,7 +76,7 @@ class Model:
 
     # learner
 
-    def load_weights(self, folder):
+    def load_weights(self, folder, *, round_index=0):
         self.weights = self.base() if folder is None else json.loads((folder / "model.json").read_text())
 
     def load_state(self, folder):
