@@ -7,6 +7,9 @@ import sys
 
 def main() -> None:
     """Run the command line; never returns."""
+    from iterative_sft_cli.signals import obey_before_the_start
+
+    obey_before_the_start(sys.argv[1:])
     from iterative_sft_cli.cli import run
 
     sys.exit(run(sys.argv[1:]))

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 import signal
-import sys
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
 from iterative_sft_cli.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, Interrupted, Preempted
+
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
+
+
+def _numbers() -> list[int]:
+    return [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+
+def _exit_code(number: int) -> int:
+    return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+
+
+def _say(text: str) -> None:
+    # not through sys.stderr: the signal may have come in the middle of a write to it
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode("utf-8", "backslashreplace"))
+
+
+def obey_before_the_start(argv: Sequence[str]) -> None:
+    """Until a `StopRequests` takes over, a stop signal ends the process at once: nothing is under way that could be saved.
+
+    `argv` is the command line without the program; only commands that train are asked to stop in this way.
+    """
+    if not argv or argv[0] not in ("train", "resume"):
+        return
+    command = shlex.join(["isft", *argv])
+
+    def end(number: int, frame: FrameType | None) -> None:
+        _say(f"\nisft: stopped by {signal.Signals(number).name}, nothing was under way\nhint: go on with: {command}\n")
+        os._exit(_exit_code(number))
+
+    for number in _numbers():
+        signal.signal(number, end)
 
 
 class StopRequests:
@@ -20,8 +55,7 @@ class StopRequests:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequests:
-        names = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
-        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+        for number in _numbers():
             try:
                 self._before[number] = signal.signal(number, self._on_signal)
             except ValueError:  # not the main thread: the caller owns the signals
@@ -36,10 +70,10 @@ class StopRequests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
-            os._exit(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)
+            _say(f"\nisft: stopped at once; what was saved is safe\nhint: go on with: {self._command}\n")
+            os._exit(_exit_code(number))
         self._received = number
-        name = signal.Signals(number).name
-        os.write(sys.stderr.fileno(), f"\nisft: {name} received, saving and stopping; again to stop at once\n".encode())
+        _say(f"\nisft: {signal.Signals(number).name} received, saving and stopping; again to stop at once\n")
 
     def check(self) -> None:
         """Raises Interrupted (130) after Ctrl-C and Preempted (75) after another stop signal; else returns."""

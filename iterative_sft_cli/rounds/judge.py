@@ -26,6 +26,7 @@ from iterative_sft_cli.samples import (
     GENERATED,
     HINTED,
     ROUND_VERDICTS,
+    TRAIN,
     VERDICTS,
     read_generated,
     sample_to_row,
@@ -182,6 +183,8 @@ class RoundJudge:
         """A shard: read where it is sealed, made and sealed where it is not."""
         found = self.shards.read(self.round_index, name)
         verdicts = self.shards.read(self.round_index, name.replace(GENERATED, VERDICTS, 1))
+        if found is None or verdicts is None:
+            self._forget_what_followed(name, made_again=found is None)
         submit: Callable[[Sample], None] = stream.submit if stream is not None else _nothing
         logprobs: dict[str, list[float]] = {}
         if found is None:
@@ -220,6 +223,16 @@ class RoundJudge:
         check_budget(self.config.guards, num_tokens=self._tokens, hours=self.stages.hours())
         sealed = None if found is None or verdicts is None else verdicts[0]
         return Piece(name, None if self.chain.needs_device else samples, sealed)
+
+    def _forget_what_followed(self, name: str, *, made_again: bool) -> None:
+        """Set aside what was sealed on the ground of a shard that was lost: an engine or a filter need not repeat itself."""
+        stale = [ROUND_VERDICTS, TRAIN]
+        if made_again:
+            stale.insert(0, name.replace(GENERATED, VERDICTS, 1))
+        for other in stale:
+            if self.shards.read(self.round_index, other) is not None:
+                reason = f"what it was made from ({name}) was lost and is made again"
+                self.shards.discard(self.round_index, other, reason)
 
     def _samples_of(self, piece: Piece) -> list[Sample]:
         if piece.samples is not None:

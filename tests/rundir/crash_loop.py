@@ -14,7 +14,6 @@ from iterative_sft_cli.console import Console
 from iterative_sft_cli.experiment import run_experiment
 
 CHANGES = {
-    "rounds": 2,
     "checkpoints": {"every_steps": 2, "keep": 1},
     "train": {"data": "accumulate"},
     "generate": {"samples_per_prompt": 3},
@@ -32,10 +31,10 @@ def shared_fixtures() -> Any:
     return module
 
 
-def loop_subject(folder: Path, run: Path) -> Subject:
+def loop_subject(folder: Path, run: Path, *, rounds: int = 2) -> Subject:
     """A toy experiment whose config is in `folder` and whose run directory is `run`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = shared_fixtures().write_toy(folder, {**CHANGES, "output_dir": str(run)})
+    config = shared_fixtures().write_toy(folder, {**CHANGES, "rounds": rounds, "output_dir": str(run)})
 
     def train(path: Path) -> object:
         assert path == run

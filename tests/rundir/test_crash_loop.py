@@ -54,8 +54,9 @@ def test_the_loop_finds_damage_before_it_uses_it(base: Path, subject: Subject) -
 
 @pytest.mark.slow
 def test_training_a_tiny_model_killed_at_random_instants_ends_with_the_same_bytes(base: Path) -> None:
+    import crash_fork
     import crash_tiny
 
     subject = crash_tiny.tiny_subject(base / "tiny", base / "disk" / "run")
-    tally = crash_tiny.kill_children(subject, base / "disk", runs=6, kills=2)
+    tally = crash_fork.kill_children(subject, base / "disk", runs=6, kills=2)
     assert tally.wrong == [] and tally.trials == 6
