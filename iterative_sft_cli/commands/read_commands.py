@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,6 +43,7 @@ def samples(
         bool, typer.Option("--eval", help="The samples of the evaluation instead; accepted means correct.")
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Print long texts whole.")] = False,
+    tui: Annotated[bool, typer.Option("--tui", help="Browse them on the whole screen (extra: tui).")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Print the samples of RUN: what was asked, what was answered, and what each filter said."""
@@ -87,6 +88,9 @@ def samples(
         scores=tuple(ScoreCondition.parse(text) for text in score or ()),
         evaluation=eval_,
     )
+    if tui:
+        browser(opened.view, query, there, as_json=as_json).run()
+        return 0
     found = find_samples(opened.view, query, skip=skip)
     page = found if limit == 0 else islice(found, limit)
     if as_json:
@@ -112,6 +116,23 @@ def samples(
     if left:
         say(f"round {', '.join(left)}: only the accepted samples were kept (samples.keep: accepted)")
     return 0
+
+
+def browser(view: Any, query: Any, there: list[int], *, as_json: bool) -> Any:
+    """The browser of `--tui`. Raises ConfigError where it cannot be shown."""
+    import sys
+
+    if as_json or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError(
+            "--tui needs a terminal, and no --json beside it", hint="isft samples prints them page by page"
+        )
+    try:
+        from iterative_sft_cli.report.browse import Browser
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--tui needs {error.name}, which is not installed", hint="pip install 'iterative-sft-cli[tui]'"
+        ) from error
+    return Browser(view, query, there)
 
 
 @app.command()
