@@ -88,7 +88,7 @@ class NativeStep:
         longest = int(lengths.max()) + clock - int(rows[2].min()) + 16 * (len(blocks) + 1)
         self._scratch_floats = heads // kv_heads * longest
         self._ranges = _split(self.rows)
-        self._scratches = [np.empty(self._scratch_floats, dtype=np.float32) for _ in self._ranges]
+        self._scratches: list[np.ndarray] = [np.empty(self._scratch_floats, dtype=np.float32) for _ in self._ranges]
 
     def attend(
         self,

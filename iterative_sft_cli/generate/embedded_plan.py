@@ -11,7 +11,7 @@ from typing import Any
 
 from iterative_sft_cli.types import Decoding, Request
 
-ROWS_A_STREAM = 128
+ROWS_A_STREAM = 192
 """Rows at once in each of the streams that a shard's decoding is dealt to on a CPU."""
 LEAST_ROWS_A_STREAM = 16
 """A shard with fewer rows for each has fewer streams, with more threads in each."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from iterative_sft_cli.errors import OutOfMemoryError
 from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory
 from iterative_sft_cli.rounds.stages import Phase, Stages
-from iterative_sft_cli.types import Decoding, Prompt, Request, Sample, derive_seed
+from iterative_sft_cli.types import Completion, Decoding, Prompt, Request, Sample, derive_seed
 from iterative_sft_cli.watchdog import Watchdog, end_hung_process
 
 SHARD_ROWS = 512
@@ -80,38 +83,114 @@ def generate_shard(
     `trained_after`: prompt ids to the token ids that the samples are trained after, where these are not the ones they were generated after.
     `logprobs` is filled with each token's log probability, by sample id.
     An out-of-memory split is a sealed decision before it is tried, so a resumed run repeats it. At one row it is an error.
+    Under an engine that does not repeat itself each finished completion is journaled, and a resumed run asks only for the others.
     """
     plan = engine.plan(requests, decoding)
     splits = 0
-    while True:
-        recorded = stages.run.shards.read(round_index, f"split-{name}-{splits}")
-        if recorded is not None:
-            plan, splits = recorded[0][0], splits + 1
-            continue
-        try:
-            made = _collect(
-                stages,
-                engine,
-                requests,
-                decoding,
-                plan,
-                round_index,
-                prompts,
-                phase,
-                on_sample,
-                trained_after or {},
-                logprobs if logprobs is not None else {},
+    # the same plan gives a deterministic engine's same bytes, but only for the whole shard
+    repeats = engine.deterministic or stages.config.deterministic
+    journal = None if repeats else stages.run.journal(round_index, name, _key(stages, requests, decoding))
+    finished = Finished(journal)
+    if finished.kept:
+        stages.run.telemetry.append(
+            {"event": "journal", "round": round_index, "shard": name, "num": len(finished.kept)}
+        )
+    try:
+        while True:
+            recorded = stages.run.shards.read(round_index, f"split-{name}-{splits}")
+            if recorded is not None:
+                plan, splits = recorded[0][0], splits + 1
+                continue
+            try:
+                made = _collect(
+                    stages,
+                    engine,
+                    requests,
+                    decoding,
+                    plan,
+                    round_index,
+                    prompts,
+                    phase,
+                    on_sample,
+                    trained_after or {},
+                    logprobs if logprobs is not None else {},
+                    finished,
+                )
+                return made, plan
+            except EngineOutOfMemory as error:
+                if plan["max_rows"] <= 1:
+                    raise OutOfMemoryError(
+                        "memory ran out while generating a single row",
+                        where=f"round {round_index}, {name}",
+                        hint="lower generate.max_new_tokens, use a smaller model, or give the machine more memory",
+                    ) from error
+                plan = {**plan, "max_rows": plan["max_rows"] // 2}
+                stages.run.shards.seal(round_index, f"split-{name}-{splits}", [plan], {})
+    finally:
+        finished.close()
+
+
+class Finished:
+    """The completions of a shard that need not be made again: those in its journal (None: there is none)."""
+
+    def __init__(self, journal: Any) -> None:
+        self._journal = journal
+        self.kept: dict[tuple[str, int], Completion] = {}
+        for row in journal.rows if journal is not None else ():
+            each = row["token_logprobs"]
+            self._keep(
+                Completion(
+                    prompt_id=row["prompt_id"],
+                    sample_index=row["sample_index"],
+                    token_ids=tuple(row["token_ids"]),
+                    finish_reason=row["finish_reason"],
+                    text=row["text"],
+                    logprob=row["logprob"],
+                    token_logprobs=None if each is None else tuple(each),
+                )
             )
-            return made, plan
-        except EngineOutOfMemory as error:
-            if plan["max_rows"] <= 1:
-                raise OutOfMemoryError(
-                    "memory ran out while generating a single row",
-                    where=f"round {round_index}, {name}",
-                    hint="lower generate.max_new_tokens, use a smaller model, or give the machine more memory",
-                ) from error
-            plan = {**plan, "max_rows": plan["max_rows"] // 2}
-            stages.run.shards.seal(round_index, f"split-{name}-{splits}", [plan], {})
+
+    def _keep(self, completion: Completion) -> None:
+        self.kept[completion.prompt_id, completion.sample_index] = completion
+
+    def add(self, completion: Completion) -> None:
+        """Journal one that was just finished."""
+        if self._journal is not None:
+            self._keep(completion)
+            self._journal.append(asdict(completion))
+
+    def tick(self) -> None:
+        """See `Journal.tick`."""
+        if self._journal is not None:
+            self._journal.tick()
+
+    def close(self) -> None:
+        """See `Journal.close`."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def missing(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests without the samples that are there."""
+        found = []
+        for request in requests:
+            wanted = [
+                (index, seed)
+                for index, seed in zip(request.sample_indices, request.seeds, strict=True)
+                if (request.prompt_id, index) not in self.kept
+            ]
+            if wanted:
+                indices, seeds = zip(*wanted, strict=True)
+                found.append(replace(request, sample_indices=indices, seeds=seeds))
+        return found
+
+
+def _key(stages: Stages, requests: Sequence[Request], decoding: Decoding) -> str:
+    """What a journaled completion depends on: what was asked, how it is decoded, and the weights."""
+    newest = stages.run.checkpoints.newest()
+    weights = stages.live_hash or (newest.weights_hash if newest is not None else stages.base_hash)
+    asked = [[request.prompt_ids, request.sample_indices, request.seeds] for request in requests]
+    text = json.dumps([asked, asdict(decoding), weights, stages.session.serving])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _collect(
@@ -126,6 +205,7 @@ def _collect(
     on_sample: Callable[[Sample], None],
     trained_after: Mapping[str, Sequence[int]],
     logprobs: dict[str, list[float]],
+    finished: Finished,
 ) -> list[Sample]:
     timeout_s = float(stages.config.generate.timeout_s)
 
@@ -135,6 +215,7 @@ def _collect(
     def heartbeat(num_tokens: int) -> None:
         watchdog.beat()
         stages.stop()
+        finished.tick()
         phase.advance(tokens=num_tokens)
 
     engine.heartbeat = heartbeat
@@ -142,7 +223,7 @@ def _collect(
     ids = {request.prompt_id: request.prompt_ids for request in requests}
     made: dict[tuple[str, int], Sample] = {}
     with watchdog:
-        for completion in engine.generate(requests, decoding, plan):
+        for completion in _completions(engine, requests, decoding, plan, finished):
             prompt = prompts[completion.prompt_id]
             text = stages.encoder.decode(completion.token_ids) if completion.text is None else completion.text
             sample = Sample(
@@ -168,6 +249,18 @@ def _collect(
             phase.advance(1)
             stages.stop()
     return [made[request.prompt_id, index] for request in requests for index in request.sample_indices]
+
+
+def _completions(
+    engine: Engine, requests: Sequence[Request], decoding: Decoding, plan: dict[str, Any], finished: Finished
+) -> Iterator[Completion]:
+    """What is there already, then what the engine makes."""
+    missing = finished.missing(requests)
+    yield from list(finished.kept.values())
+    if missing:
+        for completion in engine.generate(missing, decoding, plan):
+            finished.add(completion)
+            yield completion
 
 
 def seeds_of(requests: Sequence[Request]) -> dict[tuple[str, int], int]:

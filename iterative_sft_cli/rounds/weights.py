@@ -43,6 +43,11 @@ class EngineSession:
         self._telemetry = telemetry
         self._serving: str | None = None
 
+    @property
+    def serving(self) -> str | None:
+        """The name of the weights that are served."""
+        return self._serving
+
     def serve(self, key: str, weights: Path | None) -> Engine:
         """The engine, serving the weights named `key`: those in the folder `weights`, or the live ones when None."""
         if self._serving != key:

@@ -27,6 +27,8 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 STATE_FOLDER = "state"
 COPIES = "run.json"
+JOURNAL = ".journal"
+"""How the name of a journal ends: no shard, so that nobody takes it for a torn one."""
 
 WHOLE_ROUND = 1 << 40
 """The step that a checkpoint after a whole round sorts by: behind every save inside the round."""

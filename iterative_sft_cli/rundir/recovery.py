@@ -16,7 +16,7 @@ from iterative_sft_cli.rundir.checkpoint import Checkpoint, load_checkpoint, rea
 from iterative_sft_cli.rundir.fs import FileSystem, list_names, read_bytes
 from iterative_sft_cli.rundir.integrity import Damage, Stamp, parse_document, stamp_bytes
 from iterative_sft_cli.rundir.quarantine import Quarantine
-from iterative_sft_cli.rundir.seal import load_shard
+from iterative_sft_cli.rundir.seal import load_shard, shard_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,9 @@ def sweep(run: Path, fs: FileSystem) -> None:
         for name in list_names(folder):
             if layout.is_temp(name):
                 fs.remove(folder / name)
+            elif name.endswith(layout.JOURNAL) and name.removesuffix(layout.JOURNAL) in shard_names(folder, ""):
+                # sealed: the process ended before it removed the journal
+                fs.unlink(folder / name)
 
 
 def choose(run: Path, quarantine: Quarantine) -> Checkpoint | None:

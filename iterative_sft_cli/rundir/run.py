@@ -18,6 +18,7 @@ from iterative_sft_cli.rundir.checkpoint import Checkpoint, read_copies
 from iterative_sft_cli.rundir.commit import Checkpoints
 from iterative_sft_cli.rundir.fs import FileSystem, read_bytes
 from iterative_sft_cli.rundir.integrity import Damage, render_document, stamp_bytes
+from iterative_sft_cli.rundir.journal import Journal
 from iterative_sft_cli.rundir.ledger import AppendLog, Telemetry
 from iterative_sft_cli.rundir.lock import RunLock
 from iterative_sft_cli.rundir.outcome import write_outcome
@@ -212,6 +213,10 @@ class RunDir:
     def quarantine(self, path: Path, reason: str) -> Path:
         """Move a damaged thing inside the run to `quarantine/`, with the reason; returns where it is now."""
         return self._quarantine.move(path, reason)
+
+    def journal(self, round_index: int, name: str, key: str) -> Journal:
+        """The journal of a shard that is about to be made, with what an earlier process finished of the same work (`key`)."""
+        return Journal(self.path, self._fs, self._quarantine, round_index, name, key)
 
     def acknowledge(self, what: str) -> None:
         """Tell a test's recorder that `what` has been promised to the user as saved."""

@@ -16,7 +16,7 @@ from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import jsonl
 from iterative_sft_cli.rundir.fs import TEMP_PREFIX, FileSystem, list_names, read_bytes
 from iterative_sft_cli.rundir.integrity import Damage, parse_document, render_document, stamp_bytes
-from iterative_sft_cli.rundir.layout import ROUNDS, check_name, is_temp, round_folder, round_indices
+from iterative_sft_cli.rundir.layout import JOURNAL, ROUNDS, check_name, is_temp, round_folder, round_indices
 from iterative_sft_cli.rundir.quarantine import Quarantine
 
 SEAL = ".seal.json"
@@ -94,6 +94,8 @@ class Shards:
             raise
         self._fs.rename(temp, target)
         self._fs.sync_dir(folder, "shard.dir")
+        if (folder / (name + JOURNAL)).exists():
+            self._fs.unlink(folder / (name + JOURNAL))
         self.expected.add(shard_key(round_index, name))
         self._fs.acknowledge(target, f"shard {shard_key(round_index, name)}")
 
