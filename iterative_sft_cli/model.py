@@ -17,8 +17,9 @@ from torch import nn
 
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.model_load import add_adapter, load_folder, load_gguf, load_tokenizer, make_fresh, quiet
-from iterative_sft_cli.model_source import ModelSource, find_model, main_dtype, read_headers, weight_files
+from iterative_sft_cli.model_source import ModelSource, find_model, main_dtype
 from iterative_sft_cli.model_weights import content_hash, fill_adapter, read_into, state_hash, write_adapter, write_full
+from iterative_sft_cli.tensor_files import read_headers, weight_files
 from iterative_sft_cli.types import derive_seed
 
 MAX_PARAMETERS_ON_CPU = 1_000_000_000

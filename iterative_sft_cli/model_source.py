@@ -7,8 +7,6 @@ come from safetensors or GGUF only, never from a pickle.
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import os
 import re
 from collections import Counter
@@ -17,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import ConfigError, DataError
+from iterative_sft_cli.tensor_files import TensorHeader, read_headers, weight_files
 
 _ROOT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 _FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -49,19 +47,6 @@ class ModelSource:
             found += [path for path in self.tokenizer.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt")]
         ignored = ("README", "LICENSE", "state.json", "MANIFEST.json")
         return sorted({path for path in found if not path.name.startswith(ignored)}, key=lambda path: path.name)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorHeader:
-    """One tensor as a safetensors file states it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
 
 def find_model(section: Any, base_dir: Path) -> ModelSource:
@@ -101,7 +86,7 @@ def find_model(section: Any, base_dir: Path) -> ModelSource:
         raise DataError(
             "no config.json in the model's folder", where=str(folder), expected="a Hugging Face model folder"
         )
-    weight_files(folder)
+    read_headers(weight_files(folder))
     return ModelSource(name, folder=folder, tokenizer=tokenizer or folder, revision=revision)
 
 
@@ -233,56 +218,6 @@ def _gated(name: str, where: str, error: Any, token: str | None) -> DataError:
         where=where,
         hint=f"accept it at {address}",
     )
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in order. Raises DataError where there are none or one is missing."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DataError("the index of the weights is damaged", where=str(index)) from error
-        files = [folder / str(name) for name in names]
-        for path in files:
-            if not path.is_file():
-                raise DataError("a weights file is missing", where=str(path), hint="fetch the model again")
-        return files
-    if single.is_file():
-        return [single]
-    pickles = [name for name in _PICKLES if (folder / name).exists()]
-    if pickles:
-        raise DataError(
-            f"the weights are a pickle ({pickles[0]}), which is never loaded",
-            where=str(folder),
-            expected="model.safetensors",
-            hint="choose a revision with safetensors, or convert it once in a place you trust",
-        )
-    raise DataError("no weights in the model's folder", where=str(folder), expected="model.safetensors")
-
-
-def read_headers(files: list[Path]) -> dict[str, TensorHeader]:
-    """Names, dtypes and shapes of the tensors, without their data. Raises DataError for a damaged or cut file."""
-    headers: dict[str, TensorHeader] = {}
-    for path in files:
-        size = path.stat().st_size
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if length > size - 8:
-                    raise ValueError("cut off")
-                entries = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-            if end != size - 8 - length:
-                raise ValueError(f"{size} bytes, its header says {end + 8 + length}")
-            for name, entry in entries.items():
-                headers[name] = TensorHeader(str(entry["dtype"]), tuple(entry["shape"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"the weights file is damaged ({error})", where=str(path), hint="fetch the model again"
-            ) from error
-    return headers
 
 
 def main_dtype(headers: dict[str, TensorHeader]) -> str:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from iterative_sft_cli.errors import DataError
-from iterative_sft_cli.model_source import read_headers, weight_files
+from iterative_sft_cli.tensor_files import read_headers, weight_files
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "iterative_sft_cli"
 STAGES = {"prompts", "generate", "filters", "train"}
 LEVELS = [
     {"types", "errors"},
-    {"config", "encoding", "samples", "eval"},
+    {"config", "encoding", "samples", "eval", "tensor_files"},
     {"model", "rundir", "stats", "prompts", "generate", "filters", "train"},
     {"guards", "alarms", "console", "signals", "watchdog", "rounds"},
     {"loop", "build", "report", "recipes", "resume", "tracking"},

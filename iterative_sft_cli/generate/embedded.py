@@ -25,6 +25,7 @@ from iterative_sft_cli.generate.embedded_shard import Shard, schedule
 from iterative_sft_cli.generate.embedded_streams import deal, run_streams
 from iterative_sft_cli.generate.embedded_weights import Replica, can_merge
 from iterative_sft_cli.generate.native import kernels_fingerprint
+from iterative_sft_cli.tensor_files import read_headers, weight_files
 from iterative_sft_cli.types import Completion, Decoding, Request
 
 log = logging.getLogger(__name__)
@@ -169,14 +170,18 @@ class EmbeddedEngine:
             from peft import set_peft_model_state_dict
             from safetensors.torch import load_file
 
+            read_headers([folder / "adapter_model.safetensors"])
             twin = copy.deepcopy(self.loaded.model)
             set_peft_model_state_dict(twin, load_file(str(folder / "adapter_model.safetensors")))
             return Replica(twin, self._compute_dtype(), self._device(), merge=can_merge(twin)).model
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
         kind = AutoModelForSeq2SeqLM if self.loaded.is_encoder_decoder else AutoModelForCausalLM
+        read_headers(weight_files(folder))
         try:
-            model = kind.from_pretrained(str(folder), dtype=self._compute_dtype(), local_files_only=True)
+            model = kind.from_pretrained(
+                str(folder), dtype=self._compute_dtype(), local_files_only=True, use_safetensors=True
+            )
         except OSError as error:
             raise DataError(f"no model could be loaded from {folder}: {error}", where="generate.from") from error
         return model.to(self.loaded.device).eval()

@@ -39,5 +39,7 @@ def folder_logprobs(folder: Path, rows: list[list[int]], loaded: Any) -> list[li
     """`token_logprobs` of the model in `folder`, in the compute dtype, loaded for this and dropped."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=loaded.compute_dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=loaded.compute_dtype, local_files_only=True, use_safetensors=True
+    )
     return token_logprobs(model.to(loaded.device), rows)

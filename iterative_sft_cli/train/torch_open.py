@@ -31,6 +31,8 @@ def open_model(model: Any, args: Any, peft_config: Any) -> Any:
             kind = transformers.AutoModelForCausalLM
         if "dtype" not in options and "torch_dtype" not in options:
             options["dtype"] = torch.float32
+        # a pickle is never loaded unless it is asked for by name
+        options.setdefault("use_safetensors", True)
         model = kind.from_pretrained(model, **options)
     elif kwargs:
         raise ValueError("model_init_kwargs act only when the model is given by name")

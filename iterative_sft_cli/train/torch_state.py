@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.tensor_files import read_headers
 from iterative_sft_cli.train import torch_optim
 from iterative_sft_cli.train.torch_core import TrainCore
 
@@ -42,6 +43,7 @@ def save_state(core: TrainCore, folder: Path, extra: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    read_headers([path])
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

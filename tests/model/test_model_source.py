@@ -12,7 +12,8 @@ import tiny
 from huggingface_hub import errors
 
 from iterative_sft_cli.errors import ConfigError, DataError
-from iterative_sft_cli.model_source import find_model, main_dtype, read_headers, weight_files
+from iterative_sft_cli.model_source import find_model, main_dtype
+from iterative_sft_cli.tensor_files import read_headers, weight_files
 
 
 def section(path: str | None = None, **settings: Any) -> SimpleNamespace:

@@ -132,7 +132,7 @@ def first_of_each(signatures: Signatures, known: int, similarity: float) -> Iter
     rows, keys = signatures.signatures(), signatures.keys()
     orders = [numpy.argsort(keys[:, band], kind="stable").astype(numpy.uint32) for band in range(BANDS)]
     sorted_keys = [keys[orders[band], band] for band in range(BANDS)]
-    kept = numpy.zeros(signatures.count, dtype=bool)
+    kept: Any = numpy.zeros(signatures.count, dtype=bool)
     kept[:known] = True
     needed = (similarity * (1 - CHANCE) + CHANCE) * BANDS * ROWS
     for index in range(known, signatures.count):

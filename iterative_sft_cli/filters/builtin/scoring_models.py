@@ -6,9 +6,11 @@ A batch holds rows of similar length; a score depends on the set of samples hand
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.tensor_files import read_headers, weight_files
 from iterative_sft_cli.types import Sample
 
 Row = TypeVar("Row")
@@ -33,13 +35,18 @@ class ScoringModel:
         import transformers
 
         if self._model is None:
+            if Path(self._path).is_dir():
+                read_headers(weight_files(Path(self._path)))
             try:
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._path, revision=self._revision)
                 loader = getattr(transformers, self._auto_class)
-                self._model = loader.from_pretrained(self._path, revision=self._revision, dtype="auto").eval()
-            except (OSError, ValueError) as error:
+                self._model = loader.from_pretrained(
+                    self._path, revision=self._revision, dtype="auto", use_safetensors=True
+                ).eval()
+            except Exception as error:  # many kinds, down to a bare Exception of tokenizers
+                first = next(iter(str(error).splitlines()), type(error).__name__)
                 raise DataError(
-                    f"the model {self._path} cannot be loaded: {str(error).splitlines()[0]}",
+                    f"the model {self._path} cannot be loaded: {first}",
                     hint=f"`path` of {self._filter_name} is a local folder or a hub id; `isft fetch` brings hub models here",
                 ) from error
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
