@@ -10,6 +10,7 @@ from typing import Any
 
 from iterative_sft_cli.config import LoadedConfig
 from iterative_sft_cli.errors import ConfigError, DataError
+from iterative_sft_cli.harness import Harness
 from iterative_sft_cli.rounds.stages import Stages, View
 from iterative_sft_cli.types import TrainRow
 
@@ -26,6 +27,8 @@ def build_stages(
     """Load the model and open everything that a round works with; raises DataError when the model cannot be loaded."""
     config = loaded.config
     base_folder: Path | None = None
+    harness = open_harness(config, loaded.base_dir)
+    measure = None
     if config.model.use is not None:
         backend = open_backend(config, loaded.base_dir)
         encoder, learner, engine = backend.encoder, backend.learner, backend.engine
@@ -59,6 +62,11 @@ def build_stages(
         engine = open_engine(
             config.generate, loaded=model, encoder=encoder, base_dir=loaded.base_dir, run_dir=run.path, seed=config.seed
         )
+        if harness is not None:
+
+            def measure() -> list[dict[str, Any]]:
+                return harness.measure(model.model, model.tokenizer, compute_dtype=model.compute_dtype, check=stop)
+
         base_hash = model.base_hash
         base_folder = find_model(config.model, loaded.base_dir).folder
     others = find_other_models(config, encoder, loaded.base_dir)
@@ -87,7 +95,21 @@ def build_stages(
         other_models=others,
         hint_encoder=with_few_shot(config.rationalize.few_shot) if config.rationalize is not None else None,
         format_encoders=[with_few_shot(one.few_shot) for one in config.train.formats or ()],
+        harness=measure,
     )
+
+
+def open_harness(config: Any, base_dir: Path) -> Harness | None:
+    """The tasks of `eval.lm_eval`, checked before the model loads; None where there are none.
+
+    Raises ConfigError for a task or argument that the harness has not, and for a plug-in backend, which it cannot ask.
+    """
+    section = config.eval.lm_eval if config.eval is not None else None
+    if section is None:
+        return None
+    if config.model.use is not None:
+        raise ConfigError("the harness asks a torch model, and `model.use` may be anything", where="eval.lm_eval")
+    return Harness(section, base_dir)
 
 
 def sources_named(config: Any) -> set[str]:

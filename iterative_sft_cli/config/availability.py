@@ -14,7 +14,6 @@ from iterative_sft_cli.config.schedule import Schedule, to_plain
 from iterative_sft_cli.config.schema import Config
 
 NOT_YET: dict[str | tuple[str, Any], str] = {
-    "eval.lm_eval": "tasks of lm-evaluation-harness",
     "train.parallel": "training over several processes",
 }
 """A path (any value but the default), (path, value) or (path, kind of value), and what is missing, in words."""

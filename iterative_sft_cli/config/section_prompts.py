@@ -202,9 +202,9 @@ class LmEvalConfig(Section):
     """Tasks of lm-evaluation-harness, run on the live model."""
 
     tasks: Texts
-    """Names of tasks."""
+    """Names or patterns of tasks."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments for the harness, such as {num_fewshot: 5}."""
+    """Arguments for the harness, such as {num_fewshot: 5, limit: 100, batch_size: 16}; include_path names folders of tasks of your own, relative to this config, and include_defaults: false leaves out the harness's, which take seconds to list."""
 
 
 def _metric(value: Any) -> Any:

@@ -9,10 +9,14 @@ from typing import Any
 
 from iterative_sft_cli.eval import PromptResult, summarize
 from iterative_sft_cli.filters import FilterChain
+from iterative_sft_cli.harness import figures as harness_figures
 from iterative_sft_cli.rounds.sampling import generate_shard, into_shards, make_requests, seeds_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.samples import EVAL, EVAL_PROMPTS, prompt_to_row, sample_to_row
 from iterative_sft_cli.types import Decoding, Request
+
+HARNESS = "lm-eval"
+"""The shard that holds the figures of `eval.lm_eval`."""
 
 GREEDY_INDEX = -1
 """`sample_index` of the greedy sample of a prompt."""
@@ -83,10 +87,28 @@ def evaluate(
             log("evaluated", shard=name, num_samples=len(made))
     stages.run.telemetry.append({"event": "eval", "round": round_index, "seconds": time.monotonic() - start})
     tokens = sum(len(row["completion_ids"]) for row in rows)
-    return summarize(results_of(rows, prompts, section.rank_by), section.k, seed=config.seed) | {
+    figures = summarize(results_of(rows, prompts, section.rank_by), section.k, seed=config.seed) | {
         "eval/num_tokens": tokens,
         "eval/mean_tokens": tokens / max(1, len(rows)),
     }
+    return figures | harness_figures(measure_tasks(stages, round_index, weights_hash, log))
+
+
+def measure_tasks(stages: Stages, round_index: int, weights_hash: Any, log: RoundLog) -> list[dict[str, Any]]:
+    """What lm-evaluation-harness measures of the live weights (`eval.lm_eval`), sealed like every other figure's source."""
+    if stages.harness is None:
+        return []
+    found = stages.run.shards.read(round_index, HARNESS)
+    if found is None:
+        start = time.monotonic()
+        stages.session.close()
+        rows = stages.harness()
+        stages.run.shards.seal(round_index, HARNESS, rows, {"weights": weights_hash()})
+        stages.run.telemetry.append({"event": "lm_eval", "round": round_index, "seconds": time.monotonic() - start})
+    else:
+        rows = found[0]
+    log("evaluated", shard=HARNESS, num_figures=len(rows))
+    return list(rows)
 
 
 def eval_filters(filters: Sequence[Any], section: Any) -> list[Any]:

@@ -59,6 +59,8 @@ class Stages:
     other_models: Mapping[str, Path] = field(default_factory=dict)
     hint_encoder: Any = None
     format_encoders: Sequence[Any] = ()
+    harness: Callable[[], list[dict[str, Any]]] | None = None
+    """Measures the tasks of `eval.lm_eval` on the live weights."""
     accepted_keys: dict[int, set[int]] = field(default_factory=dict)
     live_hash: str | None = None
     """The content hash of the live weights where they are not the newest checkpoint's (after a roll-back)."""
