@@ -19,6 +19,7 @@ from iterative_sft_cli.rounds.figures import count_round, follow_seed_loss, log_
 from iterative_sft_cli.rounds.gather import Gathered, gather_rows
 from iterative_sft_cli.rounds.history import choose_prompts
 from iterative_sft_cli.rounds.judge import judge_round
+from iterative_sft_cli.rounds.placing import place_weights, undo_training
 from iterative_sft_cli.rounds.search import tune
 from iterative_sft_cli.rounds.sources import live_hash, reads_warmup, sources_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
@@ -30,7 +31,7 @@ from iterative_sft_cli.rounds.training import (
     steps_span,
     train_round,
 )
-from iterative_sft_cli.rounds.weights import LIVE, ResumePoint, best_folder, restore, round_key
+from iterative_sft_cli.rounds.weights import LIVE, ResumePoint, restore, round_key
 from iterative_sft_cli.samples import AcceptedEarlier
 
 
@@ -148,7 +149,7 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
         log_selected(log, found, sum(len(one.steps) for one in passes))
         if not point.in_training(round_index):
             place_weights(stages, config, round_index)
-        train_round(
+        whole = train_round(
             stages,
             passes,
             found.rows,
@@ -158,6 +159,8 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
             log=log,
             span=steps_span(stages.config, round_index),
         )
+        if not whole:
+            undo_training(stages, config, round_index)
         follow_seed_loss(stages, log)
     else:
         log("skipped", reason="nothing accepted")
@@ -172,20 +175,11 @@ def warm_up(stages: Stages, config: Any, point: ResumePoint, log: RoundLog) -> N
     section = config.warmup.training(config.train)
     passes = plan_passes(section, Gathered.of_seed_data(stages.warmup_rows), seed=config.seed, round_index=0)
     log("start", start_from="base", weights="base")
-    train_round(stages, passes, stages.warmup_rows, round_index=0, keep_optimizer=False, done=point.step or 0, log=log)
+    done = point.step or 0
+    if not train_round(stages, passes, stages.warmup_rows, round_index=0, keep_optimizer=False, done=done, log=log):
+        undo_training(stages, config, 0)
     follow_seed_loss(stages, log)
     commit_round(stages, 0, with_state=config.train.start_from == "previous")
-
-
-def place_weights(stages: Stages, config: Any, round_index: int) -> None:
-    """Put the weights that this round's training starts from into the learner."""
-    start = config.train.start_from
-    if start == "base":
-        stages.learner.load_weights(None, round_index=round_index)
-    elif start == "best":
-        stages.learner.load_weights(best_folder(stages.run, stages.run.stats.rows(), config.eval.metric)[1])
-    elif start == "warmup":
-        stages.learner.load_weights(stages.run.checkpoints.verified(round_key(0)).path)
 
 
 def prompt_text(prompt: Any) -> str:

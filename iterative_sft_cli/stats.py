@@ -215,6 +215,13 @@ class TrainCounter:
         self.num_tokens = 0
         self.num_trained_tokens = 0
         self.skipped_nonfinite = 0
+        self.undone = False
+
+    def undo(self) -> None:
+        """Forget the steps so far, which were taken back; how many were not finite stays."""
+        skipped = self.skipped_nonfinite
+        self.__init__()  # type: ignore[misc]
+        self.skipped_nonfinite, self.undone = skipped, True
 
     def add(self, step: Mapping[str, Any]) -> None:
         """Count one optimizer step's statistics."""
@@ -239,6 +246,8 @@ class TrainCounter:
             "train/learning_rate": self.learning_rate,
             "train/skipped_nonfinite": self.skipped_nonfinite,
         }
+        if self.undone:
+            row["train/undone"] = 1
         if self.losses:
             row["train/loss"] = sum(x * w for x, w in zip(self.losses, self.weights, strict=True)) / sum(self.weights)
             row["train/loss_first"], row["train/loss_last"] = self.losses[0], self.losses[-1]

@@ -22,6 +22,9 @@ HANG = os.environ.get("TOY_HANG", "")
 FITS = {"rows": 10**9, "tokens": 10**9}
 """Batch rows and micro-batch tokens that fit into the pretended memory."""
 
+NONFINITE: dict[tuple[str, int], float] = {}
+"""The loss of a step that goes wrong, by (round of its first row, step of the round)."""
+
 
 def uniform(*parts: object) -> float:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], "big") / 2**48
@@ -89,6 +92,15 @@ class ToyLearner:
         for row in rows:
             self.heartbeat(len(row.input_ids))
             time.sleep(DELAY_S)
+        wrong = NONFINITE.get((rows[0].sample_id.partition("-")[0], step_index))
+        if wrong is not None:
+            return {
+                "loss": wrong,
+                "num_tokens": 0,
+                "num_trained_tokens": 0,
+                "num_samples": len(rows),
+                "skipped_nonfinite": 1,
+            }
         text = json.dumps([[r.sample_id, r.input_ids, r.weight] for r in rows])
         self.moment = 0.5 * self.moment + 0.5
         self.weights = {

@@ -63,7 +63,7 @@ _TUNABLE = """
     generate.openai.requests_per_minute
     filters[].timeout_s filters[].startup_timeout_s filters[].workers filters[].device filters[].env filters[].memory_gb
     filters[].on_error
-    train.micro_batch_tokens train.gradient_checkpointing train.offload train.parallel.type train.parallel.options
+    train.on_nonfinite train.micro_batch_tokens train.gradient_checkpointing train.offload train.parallel.type train.parallel.options
     eval.every eval.lm_eval.tasks eval.lm_eval.args
     guards.min_accepted guards.min_accept_rate guards.max_truncated_rate guards.on_empty guards.stop_if guards.rollback_if
     guards.max_tokens guards.max_hours

@@ -178,6 +178,8 @@ class TrainConfig(Section):
     """AdamW's decay of matrices; 0 for none."""
     max_grad_norm: Scheduled[NonNegative | None] = 1.0
     """Gradients with a larger norm are scaled down to it; 0 or null never scales."""
+    on_nonfinite: Literal["skip", "stop", "rollback"] = "skip"
+    """A step whose loss or gradient is NaN or infinite is never taken: skip leaves it out, stop ends the run (exit 3), rollback undoes the round's training."""
     batch_size: Scheduled[Count] = 32
     """Samples in one optimizer step, over all processes."""
     micro_batch_tokens: Annotated[Annotated[Literal["auto"], WordTag] | Annotated[Count, NumberTag], WordOrNumber] = (

@@ -45,6 +45,8 @@ def round_row(stages: Stages, config: Any, round_index: int) -> dict[str, Any]:
             continue
         if entry["event"] == "step":
             train.add(entry)
+        elif entry["event"] == "undone":
+            train.undo()
         elif entry["event"] == "seed_loss":
             seed_loss = entry["value"]
         elif entry["event"] == "tuned":
@@ -56,7 +58,7 @@ def round_row(stages: Stages, config: Any, round_index: int) -> dict[str, Any]:
         trials = trial_tokens(stages, round_index)
         if trials:
             row["generate/trial_tokens"] = trials
-    if round_index or train.num_steps:
+    if round_index or train.num_steps or train.undone:
         found = stages.run.shards.read(round_index, TRAIN)
         row |= train.row(len(found[0]) if found else len(stages.warmup_rows) if not round_index else 0)
     if seed_loss is not None:

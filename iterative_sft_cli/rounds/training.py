@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from iterative_sft_cli.config.expression import Expression
@@ -102,11 +103,12 @@ def train_round(
     done: int,
     log: RoundLog,
     span: tuple[int, int] | None = None,
-) -> None:
+) -> bool:
     """Take the round's optimizer steps from step `done` on (0: all); weights and optimizer are already in place.
 
     `span`: (steps before this round, steps of all rounds) of one learning-rate shape over all rounds; None for a shape of its own each pass.
-    A signal or the end of `guards.max_hours` saves the last whole step, then its exception goes on.
+    A signal or the end of `guards.max_hours` saves the last whole step, then its exception goes on. Returns False when a step was not finite
+    and the policy is to undo the round's training: the caller puts the weights back.
     """
     run, learner = stages.run, stages.learner
     total = sum(len(one.steps) for one in passes)
@@ -144,6 +146,12 @@ def train_round(
                     step += 1
                     tokens += stats.get("num_tokens", 0)
                     log("step", step=step, **stats)
+                    if stats.get("skipped_nonfinite") and one.settings.on_nonfinite == "rollback":
+                        log("undone", step=step, reason="the loss or gradient is not finite")
+                        stages.view.note(
+                            f"round {round_index}: step {step} is not finite; the round's training is undone"
+                        )
+                        return False
                     phase.advance(1)
                     if step < total and _save_is_due(stages.config.checkpoints, step - last_saved, last_save):
                         save_mid_round(stages, round_index, step)
@@ -156,6 +164,7 @@ def train_round(
     log.muted = False
     seconds = time.monotonic() - start
     run.telemetry.append({"event": "train", "round": round_index, "seconds": seconds, "num_tokens": tokens})
+    return True
 
 
 def _step(stages: Stages, batch: Sequence[TrainRow], position: int, step: int, round_index: int) -> dict[str, Any]:
@@ -168,7 +177,7 @@ def _step(stages: Stages, batch: Sequence[TrainRow], position: int, step: int, r
             micro = found[0][0]["micro_batch_tokens"]
     while True:
         try:
-            return stages.learner.step(batch, position, micro)
+            return strict(stages.learner.step(batch, position, micro))
         except TrainOutOfMemory as error:
             longest = max(len(row.input_ids) for row in batch)
             now = micro or sum(len(row.input_ids) for row in batch)
@@ -185,12 +194,17 @@ def _step(stages: Stages, batch: Sequence[TrainRow], position: int, step: int, r
             )
 
 
+def strict(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Statistics as JSON can hold them: what is not finite is null."""
+    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in stats.items()}
+
+
 def _check_finite(section: Any, stats: Mapping[str, Any], round_index: int, step: int) -> None:
-    if stats.get("skipped_nonfinite") and getattr(section, "on_nonfinite", "skip") == "stop":
+    if stats.get("skipped_nonfinite") and section.on_nonfinite == "stop":
         raise GuardStop(
             f"round {round_index}, step {step}: the loss or gradient is not finite; the step was not taken",
             where="train.on_nonfinite",
-            hint="lower train.learning_rate or set train.max_grad_norm; train.on_nonfinite: skip goes on without such steps",
+            hint="lower train.learning_rate or set train.max_grad_norm; with train.on_nonfinite: skip the same command goes on without such steps",
         )
 
 

@@ -58,13 +58,15 @@ _FROM_SECTION = (
     "label_smoothing",
     "neftune_noise_alpha",
     "objective",
-    "on_nonfinite",
     "gradient_checkpointing",
 )
 
 
 def settings_from_section(section: Any) -> StepSettings:
-    """The `train` section of the YAML (of one round) as `StepSettings`; a key the section lacks keeps its default."""
+    """The `train` section of the YAML (of one round) as `StepSettings`; a key the section lacks keeps its default.
+
+    `on_nonfinite` stays "skip": what follows a step that was left out is the loop's decision.
+    """
     values: dict[str, Any] = {}
     for name in _FROM_SECTION:
         value = getattr(section, name, None)
