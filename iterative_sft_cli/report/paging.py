@@ -67,6 +67,13 @@ class SealedLines:
         """Line `index` as it is stored."""
         return self._lines[index]
 
+    def line_that_begins(self, text: bytes) -> int | None:
+        """The first line that begins with these bytes, found without splitting the shard."""
+        if self._data.startswith(text):
+            return 0
+        at = self._data.find(b"\n" + text)
+        return None if at < 0 else self._data.count(b"\n", 0, at + 1)
+
     def count(self, text: bytes) -> int:
         """How often these bytes stand in it."""
         return self._data.count(text)
@@ -115,27 +122,31 @@ def _damaged(path: Path, problem: str) -> DataError:
 class KeyedLines:
     """A sealed shard looked up by the value of the key that begins every line, such as `prompt_id`.
 
-    Looks forward from the last hit, so that a reader that asks in the shard's order decodes only what it asks for.
+    The bytes are searched, so that a reader decodes only what it asks for; one that asks in the shard's order searches the next line only.
     """
 
     def __init__(self, lines: SealedLines, key: str) -> None:
         self._lines = lines
-        self._start = re.compile(rb'\{"' + key.encode("ascii") + rb'":("(?:[^"\\]|\\.)*")')
-        self._key = key
-        self._known: dict[str, int] = {}
-        self._next = 0
+        self._start = b"{" + json.dumps(key).encode("ascii") + b":"
+        self._last = (b"", -1)
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def position(self, value: str) -> int | None:
         """The line whose key has this value; None when there is none."""
-        while value not in self._known and self._next < len(self._lines):
-            found = self._start.match(self._lines.raw(self._next))
-            name = json.loads(found.group(1)) if found else self._lines.row(self._next).get(self._key)
-            self._known[str(name)] = self._next
-            self._next += 1
-        return self._known.get(value)
+        wanted = self._start + json.dumps(value).encode("ascii")
+        before, at = self._last
+        if wanted == before:
+            return at
+        following = at + 1
+        if 0 < following < len(self._lines) and self._lines.raw(following).startswith(wanted):
+            found: int | None = following
+        else:
+            found = self._lines.line_that_begins(wanted)
+        if found is not None:
+            self._last = (wanted, found)
+        return found
 
     def get(self, value: str) -> dict[str, Any] | None:
         """The line whose key has this value, decoded."""

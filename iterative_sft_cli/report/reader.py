@@ -14,14 +14,16 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from iterative_sft_cli.config import Config
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.guards import best_round
 from iterative_sft_cli.report.columns import columns_of
 from iterative_sft_cli.rundir import RunView, peek
 from iterative_sft_cli.samples import StoredSample, iter_round, sample_shards
+
+if TYPE_CHECKING:
+    from iterative_sft_cli.config import Config
 
 
 class Run:
@@ -47,6 +49,8 @@ class Run:
     @cached_property
     def settings(self) -> Config:
         """The config as an object. Raises DataError when this version of isft cannot read it."""
+        from iterative_sft_cli.config import Config  # a page of samples needs none of it, and is there sooner
+
         try:
             return Config.model_validate(self.view.resolved)
         except ValueError as error:

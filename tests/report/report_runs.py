@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iterative_sft_cli.cli import run as cli
+from iterative_sft_cli.config import load_config
 from iterative_sft_cli.console import Console
 from iterative_sft_cli.experiment import run_experiment
 from iterative_sft_cli.rundir import RunDir
@@ -74,9 +73,9 @@ def write_large(
     path: Path, num_samples: int, *, per_prompt: int = 8, per_shard: int = 512, num_tokens: int = 40
 ) -> Path:
     """A run with one judged round of `num_samples`: every fourth sample accepted, the last prompt's all `rare`."""
-    changes = {"generate": {"samples_per_prompt": per_prompt}}
-    config = yaml.safe_load(write_config(path.parent, **changes).read_text())
-    RunDir.create(path, config_source=b"", resolved={**config, "output_dir": str(path)}, environment={}).close()
+    written = write_config(path.parent, generate={"samples_per_prompt": per_prompt}, output_dir=str(path))
+    config = load_config(written, []).merged
+    RunDir.create(path, config_source=written.read_bytes(), resolved=config, environment={}).close()
     num_prompts = num_samples // per_prompt
     prompts = [
         {"prompt_id": f"p{i}", "prompt": f"What is {i} + 1?", "answer": str(i + 1), "level": None, "row": {"n": i}}
