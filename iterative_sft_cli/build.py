@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,77 @@ from iterative_sft_cli.rounds.stages import Stages, View
 from iterative_sft_cli.types import TrainRow
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What comes of loading the model. `spreads` says whether an engine of its own on every rank makes the same samples."""
+
+    encoder: Any
+    eval_encoder: Any
+    hint_encoder: Callable[[Any], Any]
+    learner: Any
+    engine: Any
+    base_hash: str
+    base_folder: Path | None = None
+    model: Any = None
+    spreads: bool = True
+
+
+def open_parts(loaded: LoadedConfig, run_path: Path, *, serves: bool = True) -> Parts:
+    """Load the model, and what encodes, trains and generates with it; without `serves` no engine that starts servers.
+
+    Raises DataError when the model cannot be loaded.
+    """
+    config = loaded.config
+    if config.model.use is not None:
+        backend = open_backend(config, loaded.base_dir)
+        return Parts(
+            encoder=backend.encoder,
+            eval_encoder=backend.encoder,
+            hint_encoder=lambda few_shot: backend.encoder,
+            learner=backend.learner,
+            engine=backend.engine,
+            base_hash=str(getattr(backend, "base_hash", "plug-in")),
+        )
+    from iterative_sft_cli.encoding import TokenizerEncoder
+    from iterative_sft_cli.generate import open_engine
+    from iterative_sft_cli.model import load_model
+    from iterative_sft_cli.model_source import find_model
+    from iterative_sft_cli.train import open_learner
+
+    model = load_model(config.model, seed=config.seed, base_dir=loaded.base_dir)
+    encoder = TokenizerEncoder.of(model, config.prompts, loaded.base_dir)
+    eval_encoder = (
+        TokenizerEncoder.of(model, config.eval, loaded.base_dir, inherit=config.prompts) if config.eval else encoder
+    )
+
+    def with_few_shot(few_shot: Any) -> Any:
+        if few_shot is None:
+            return encoder
+        section = config.prompts.model_copy(update={"few_shot": [] if few_shot == "none" else few_shot})
+        return TokenizerEncoder.of(model, section, loaded.base_dir, inherit=config.prompts)
+
+    spreads = config.generate.engine == "transformers"
+    learner = open_learner(config.train, loaded=model, encoder=encoder, config=config)
+    engine = (
+        open_engine(
+            config.generate, loaded=model, encoder=encoder, base_dir=loaded.base_dir, run_dir=run_path, seed=config.seed
+        )
+        if serves or spreads
+        else None
+    )
+    return Parts(
+        encoder=encoder,
+        eval_encoder=eval_encoder,
+        hint_encoder=with_few_shot,
+        learner=learner,
+        engine=engine,
+        base_hash=model.base_hash,
+        base_folder=find_model(config.model, loaded.base_dir).folder,
+        model=model,
+        spreads=spreads,
+    )
+
+
 def build_stages(
     loaded: LoadedConfig,
     run: Any,
@@ -23,52 +94,31 @@ def build_stages(
     eval_prompts: Any,
     view: View,
     stop: Callable[[], None],
+    ranks: Any = None,
 ) -> Stages:
-    """Load the model and open everything that a round works with; raises DataError when the model cannot be loaded."""
+    """Load the model and open everything that a round works with; raises DataError when the model cannot be loaded.
+
+    With `ranks` (rank 0's side of several processes) learner and engine are those of all of them.
+    """
     config = loaded.config
-    base_folder: Path | None = None
     harness = open_harness(config, loaded.base_dir)
-    measure = None
-    if config.model.use is not None:
-        backend = open_backend(config, loaded.base_dir)
-        encoder, learner, engine = backend.encoder, backend.learner, backend.engine
-        eval_encoder = encoder
-
-        def with_few_shot(few_shot: Any) -> Any:
-            return encoder
-
-        base_hash = str(getattr(backend, "base_hash", "plug-in"))
-    else:
-        from iterative_sft_cli.encoding import TokenizerEncoder
-        from iterative_sft_cli.generate import open_engine
-        from iterative_sft_cli.model import load_model
-        from iterative_sft_cli.model_source import find_model
-        from iterative_sft_cli.train import open_learner
-
+    if ranks is not None:
+        ranks.start(loaded, run)
+        stop = both(stop, ranks.check)
+    if config.model.use is None:
         view.note(f"loading {config.model.path or 'a fresh model'}")
-        model = load_model(config.model, seed=config.seed, base_dir=loaded.base_dir)
-        encoder = TokenizerEncoder.of(model, config.prompts, loaded.base_dir)
-        eval_encoder = (
-            TokenizerEncoder.of(model, config.eval, loaded.base_dir, inherit=config.prompts) if config.eval else encoder
-        )
+    parts = open_parts(loaded, run.path)
+    encoder, learner, engine = parts.encoder, parts.learner, parts.engine
+    with_few_shot, base_folder, model = parts.hint_encoder, parts.base_folder, parts.model
+    measure = None
+    if harness is not None:
 
-        def with_few_shot(few_shot: Any) -> Any:
-            if few_shot is None:
-                return encoder
-            section = config.prompts.model_copy(update={"few_shot": [] if few_shot == "none" else few_shot})
-            return TokenizerEncoder.of(model, section, loaded.base_dir, inherit=config.prompts)
+        def measure() -> list[dict[str, Any]]:
+            return harness.measure(model.model, model.tokenizer, compute_dtype=model.compute_dtype, check=stop)
 
-        learner = open_learner(config.train, loaded=model, encoder=encoder, config=config)
-        engine = open_engine(
-            config.generate, loaded=model, encoder=encoder, base_dir=loaded.base_dir, run_dir=run.path, seed=config.seed
-        )
-        if harness is not None:
-
-            def measure() -> list[dict[str, Any]]:
-                return harness.measure(model.model, model.tokenizer, compute_dtype=model.compute_dtype, check=stop)
-
-        base_hash = model.base_hash
-        base_folder = find_model(config.model, loaded.base_dir).folder
+    if ranks is not None:
+        learner, engine = ranks.lead(parts)
+        view.note(f"training and generating on {ranks.size} processes")
     others = find_other_models(config, encoder, loaded.base_dir)
     if base_folder is None and reads_base(config):
         base_folder = write_base(learner, run.path)
@@ -76,7 +126,7 @@ def build_stages(
         config=config,
         run=run,
         encoder=encoder,
-        eval_encoder=eval_encoder,
+        eval_encoder=parts.eval_encoder,
         learner=learner,
         engine=engine,
         prompts=prompts.prompts,
@@ -84,7 +134,7 @@ def build_stages(
         filters=filters,
         view=view,
         stop=stop,
-        base_hash=base_hash,
+        base_hash=parts.base_hash,
         mix_rows=seed_rows(config.train.mix, config.train, encoder, loaded.base_dir)
         if config.train.mix is not None
         else (),
@@ -110,6 +160,16 @@ def open_harness(config: Any, base_dir: Path) -> Harness | None:
     if config.model.use is not None:
         raise ConfigError("the harness asks a torch model, and `model.use` may be anything", where="eval.lm_eval")
     return Harness(section, base_dir)
+
+
+def both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    """One call that makes both."""
+
+    def call() -> None:
+        first()
+        second()
+
+    return call
 
 
 def sources_named(config: Any) -> set[str]:

@@ -51,11 +51,13 @@ def run_experiment(
     view: Console | None = None,
     grace_s: float | None = None,
     command: str | None = None,
+    ranks: Any = None,
 ) -> Outcome:
     """Run the experiment of a config file (or an already loaded one) to its end, or from where an earlier call stopped.
 
     `resume`: auto (go on when the directory holds this run), never (an existing run is an error), must (a missing one is).
-    `limit`: that many prompts, one round, every phase, in a folder of its own. Raises the errors of `errors.py`.
+    `limit`: that many prompts, one round, every phase, in a folder of its own. `ranks`: rank 0's side of several processes.
+    Raises the errors of `errors.py`.
     """
     loaded = config if isinstance(config, LoadedConfig) else load_config(Path(config), list(overrides))
     if limit is not None:
@@ -86,11 +88,13 @@ def run_experiment(
     run, drift = open_run(path, loaded, found, allow_change)
     with StopRequests(command) as stop, run:
         try:
-            stages = build_run(run, loaded, filters, prompts, eval_prompts, view, stop.check)
+            stages = build_run(run, loaded, filters, prompts, eval_prompts, view, stop.check, ranks)
             stop.check()
             stages.grace_s = grace_s
             run.shards.compress = loaded.config.samples.compress == "gzip"
             facts = describe_environment(loaded, content_hashes(stages, prompts, eval_prompts, filters))
+            if ranks is not None:
+                facts["processes"] = ranks.size
             facts["kernels"] = getattr(stages.engine, "kernels", None)
             stages.changes = settle(run, loaded, facts, drift=drift, allow_change=allow_change, last_code=last_code)
             announce(stages, loaded, view)
@@ -228,8 +232,8 @@ def build_run(*parts: Any) -> Any:
     """`build.build_stages`, imported when a model is needed."""
     from iterative_sft_cli.build import build_stages
 
-    run, loaded, filters, prompts, eval_prompts, view, stop = parts
-    return build_stages(loaded, run, filters, prompts, eval_prompts, view, stop)
+    run, loaded, filters, prompts, eval_prompts, view, stop, ranks = parts
+    return build_stages(loaded, run, filters, prompts, eval_prompts, view, stop, ranks)
 
 
 def run_stages(stages: Any) -> None:

@@ -16,7 +16,7 @@ LEVELS = [
     {"model", "rundir", "stats", "prompts", "generate", "filters", "train"},
     {"guards", "alarms", "console", "signals", "watchdog", "rounds"},
     {"loop", "build", "report", "recipes", "resume", "tracking"},
-    {"experiment", "plan"},
+    {"experiment", "plan", "ranks"},
     {"cli", "commands"},
     {"__main__", "__init__"},
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,12 @@ GraceS = Annotated[
 ]
 
 
+Gpus = Annotated[
+    str | None,
+    typer.Option(metavar="N|all", help="One process a GPU, on this machine; without a GPU, N processes on the CPU."),
+]
+
+
 @app.command()
 def train(
     config: Config,
@@ -35,9 +41,11 @@ def train(
     output_dir: Annotated[str | None, typer.Option(help="Write the run here instead of output_dir.")] = None,
     allow_change: AllowChange = None,
     grace_s: GraceS = None,
+    gpus: Gpus = None,
 ) -> int:
     """Run the experiment of CONFIG, or go on with it where it was stopped."""
     from iterative_sft_cli.experiment import argv_command, run_experiment
+    from iterative_sft_cli.ranks.start import as_rank
 
     extra = list(overrides or [])
     if output_dir is not None:
@@ -46,15 +54,20 @@ def train(
         from iterative_sft_cli.commands.config_commands import plan
 
         return plan(config, extra, as_json=False) or 0
-    return run_experiment(
-        config,
-        overrides=extra,
-        resume=resume,
-        limit=limit,
-        allow_change=allow_change or [],
-        grace_s=grace_s,
-        command=argv_command(),
-    ).code
+
+    def begin(ranks: Any) -> int:
+        return run_experiment(
+            config,
+            overrides=extra,
+            resume=resume,
+            limit=limit,
+            allow_change=allow_change or [],
+            grace_s=grace_s,
+            command=argv_command(),
+            ranks=ranks,
+        ).code
+
+    return as_rank(gpus, begin)
 
 
 @app.command()
@@ -63,13 +76,20 @@ def resume(
     overrides: Overrides = None,
     allow_change: AllowChange = None,
     grace_s: GraceS = None,
+    gpus: Gpus = None,
 ) -> int:
     """Go on with the run in RUN, with the config that is stored there."""
     from iterative_sft_cli.experiment import argv_command, run_experiment, stored_config
+    from iterative_sft_cli.ranks.start import as_rank
 
     loaded = stored_config(run, list(overrides or []))
     if loaded is None:
         raise ConfigError(f"{run}: not a run directory", expected="a folder that `isft train` made")
-    return run_experiment(
-        loaded, resume="must", allow_change=allow_change or [], grace_s=grace_s, command=argv_command()
-    ).code
+
+    def begin(ranks: Any) -> int:
+        command = argv_command()
+        return run_experiment(
+            loaded, resume="must", allow_change=allow_change or [], grace_s=grace_s, command=command, ranks=ranks
+        ).code
+
+    return as_rank(gpus, begin)

@@ -56,6 +56,8 @@ def evaluate(
     start = time.monotonic()
     rows: list[dict[str, Any]] = []
     total = sum(len(request.seeds) for shard, _ in plans for request in shard)
+    sealed = set(stages.run.shards.names(round_index, EVAL))
+    stages.announce(plan for index, plan in enumerate(plans) if f"{EVAL}-{index:05d}" not in sealed)
     with stages.view.phase("eval", round_index, total, "samples") as phase:
         for index, (shard, how) in enumerate(plans):
             name = f"{EVAL}-{index:05d}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -31,7 +31,7 @@ from iterative_sft_cli.samples import (
     read_generated,
     sample_to_row,
 )
-from iterative_sft_cli.types import Prompt, Request, Sample
+from iterative_sft_cli.types import Decoding, Prompt, Request, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,7 @@ class RoundJudge:
         judging: list[Future[Counter[str]]] = []
         for place, source in enumerate(self.sources):
             last = place == len(self.sources) - 1
+            self.stages.announce(self._left(self._asked(units, place), f"{GENERATED}-", self._number))
             for unit, made in zip(units, pieces, strict=True):
                 requests = [self._request(draw, place) for draw in unit]
                 requests = [request for request in requests if request.sample_indices]
@@ -155,6 +156,24 @@ class RoundJudge:
             self.stages.session.close()
             judging = [self._judge_later(made, None) for made in pieces if made]
         return judging
+
+    def _asked(self, units: Sequence[Sequence[Draw]], place: int) -> Iterator[list[Request]]:
+        """The requests of each unit that has any for a source."""
+        for unit in units:
+            requests = [self._request(draw, place) for draw in unit]
+            if any(request.sample_indices for request in requests):
+                yield [request for request in requests if request.sample_indices]
+
+    def _left(
+        self, asked: Iterable[Sequence[Request]], prefix: str, first: int
+    ) -> Iterator[tuple[Sequence[Request], Decoding]]:
+        """The shards that are not sealed, of those numbered from `first`; one that memory has split is left to this process."""
+        sealed = set(self.shards.names(self.round_index, prefix))
+        split = {name.rpartition("-")[0] for name in self.shards.names(self.round_index, f"split-{GENERATED}")}
+        for number, requests in enumerate(asked, start=first):
+            name = f"{prefix}{number:05d}"
+            if name not in sealed and f"split-{name}" not in split:
+                yield requests, self.decoding
 
     def _request(self, draw: Draw, place: int) -> Request:
         prompt = draw.prompt
@@ -262,7 +281,10 @@ class RoundJudge:
         by_id = {request.prompt_id: request for request in requests}
         source = self.sources[0]
         judging = []
-        for number, unit in enumerate(into_units(draws)):
+        units = list(into_units(draws))
+        asked_for = ([by_id[draw.prompt.prompt_id] for draw in unit] for unit in units)
+        self.stages.announce(self._left(asked_for, f"{GENERATED}-{HINTED}-", 0))
+        for number, unit in enumerate(units):
             stream = None if self.chain.needs_device else self.chain.open_shard()
             asked_now = [by_id[draw.prompt.prompt_id] for draw in unit]
             name = f"{GENERATED}-{HINTED}-{number:05d}"

@@ -111,6 +111,12 @@ def _sample(
         encoder=stages.encoder,
     )
     rows: list[Mapping[str, Any]] = []
+    sealed = set(stages.run.shards.names(round_index, TRIALS))
+    stages.announce(
+        (shard, decoding)
+        for index, shard in enumerate(into_shards(requests))
+        if f"{TRIALS}-{number:02d}-{index:05d}" not in sealed and not chain.needs_device
+    )
     with chain, stages.view.phase("search", round_index, len(prompts) * num_samples, "samples") as phase:
         for index, shard in enumerate(into_shards(requests)):
             name = f"{TRIALS}-{number:02d}-{index:05d}"

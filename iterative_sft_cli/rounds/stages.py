@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from iterative_sft_cli.generate.base import Engine
 from iterative_sft_cli.rounds.weights import EngineSession
 from iterative_sft_cli.samples import StoredSample
 from iterative_sft_cli.train.base import Learner
-from iterative_sft_cli.types import Prompt, TrainRow
+from iterative_sft_cli.types import Decoding, Prompt, Request, TrainRow
 
 
 class Phase(Protocol):
@@ -79,6 +79,12 @@ class Stages:
     def cache_dir(self) -> Path:
         """Where filters keep what saves work; it decides nothing and may be removed."""
         return Path(self.run.path) / FOLDER
+
+    def announce(self, shards: Iterable[tuple[Sequence[Request], Decoding]]) -> None:
+        """Tell an engine over several processes which shards it will be asked for, in order, so that it can share them out."""
+        announce = getattr(self.engine, "announce", None)
+        if announce is not None:
+            announce(shards)
 
     def hours(self) -> float:
         """Wall time of this process's part of the run, in hours."""

@@ -81,15 +81,57 @@ class TorchLearner:
 
     def step(self, rows: Sequence[TrainRow], step_index: int, micro_batch_tokens: int | None) -> dict[str, Any]:
         """One optimizer step over `rows` (0-based `step_index` in the pass)."""
+        return self.step_part(self.shares(rows, torch_ranks.size())[torch_ranks.rank()], step_index, micro_batch_tokens)
+
+    def shares(self, rows: Sequence[TrainRow], size: int) -> list[list[TrainRow]]:
+        """A step's rows by rank: each on one, like token counts on all."""
+        return [share(rows, rank, size, self.core.is_encoder_decoder) for rank in range(size)]
+
+    def step_part(self, rows: Sequence[TrainRow], step_index: int, micro_batch_tokens: int | None) -> dict[str, Any]:
+        """This rank's part of a step, which may be empty; the result speaks of the whole step."""
         self.core.heartbeat = self.heartbeat
-        mine = share(rows, torch_ranks.rank(), torch_ranks.size(), self.core.is_encoder_decoder)
         result = self.core.step(
-            mine,
+            rows,
             learning_rate=self._schedule(step_index),
             seed=derive_seed(self._seed, "step", step_index),
             micro_batch_tokens=micro_batch_tokens,
         )
         return result.to_dict()
+
+    def describe_state(self) -> dict[str, Any]:
+        """The optimizer's state as `spread` takes it on the other ranks: names, types and shapes; and its scalars."""
+        optimizer, weights = self.core.optimizer, self.core.weights
+        assert optimizer is not None
+        tensors, scalars = torch_optim.state_tensors(optimizer, weights.names, weights.masters)
+        kinds = [[name, str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in tensors.items()]
+        return {"tensors": kinds, "scalars": scalars}
+
+    @torch.no_grad()
+    def spread(self, state: dict[str, Any] | None) -> None:
+        """Take rank 0's trained parameters, with its optimizer's state where `state` describes one, else with a fresh one."""
+        weights = self.core.weights
+        torch_ranks.broadcast([master.data for master in weights.masters])
+        weights.publish()
+        weights.drop_copies()
+        if state is None:
+            if torch_ranks.rank():
+                self.core.fresh_optimizer()
+            return
+        optimizer = self.core.optimizer
+        assert optimizer is not None
+        if torch_ranks.rank():
+            by_name = dict(zip(weights.names, weights.masters, strict=True))
+            tensors = {}
+            for full, kind, shape in state["tensors"]:
+                _, key, name = full.split("/", 2)
+                on_host = not shape and key == "step"
+                device = torch.device("cpu") if on_host else by_name[name].device
+                tensors[full] = torch.empty(shape, dtype=getattr(torch, kind), device=device)
+        else:
+            tensors, _ = torch_optim.state_tensors(optimizer, weights.names, weights.masters)
+        torch_ranks.broadcast([tensors[full] for full, _, _ in state["tensors"]])
+        if torch_ranks.rank():
+            torch_optim.load_state_tensors(optimizer, weights.names, weights.masters, tensors, state["scalars"])
 
     def loss(self, rows: Sequence[TrainRow]) -> float:
         """Mean nll a trained token of `rows` under the live weights, in nats; nothing changes."""

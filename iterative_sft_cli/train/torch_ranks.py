@@ -5,11 +5,15 @@ Guarantee: gradients are summed in fp32, in the same order on every rank, and no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+door: Callable[[], None] | None = None
+"""Called before a collective where ranks may come at different times: it returns when all are there, and waits outside of the collective."""
 
 
 def size() -> int:
@@ -22,10 +26,16 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
+def _meet() -> None:
+    if door is not None:
+        door()
+
+
 def sum_ints(values: Sequence[int], device: torch.device) -> list[int]:
     """Each value summed over ranks."""
     if size() == 1:
         return list(values)
+    _meet()
     tensor = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(tensor)
     return [int(value) for value in tensor]
@@ -35,6 +45,7 @@ def gather_ints(values: Sequence[int], device: torch.device) -> list[list[int]]:
     """Every rank's values, by rank; all ranks pass equally many."""
     if size() == 1:
         return [list(values)]
+    _meet()
     mine = torch.tensor(values, dtype=torch.int64, device=device)
     every = [torch.empty_like(mine) for _ in range(size())]
     dist.all_gather(every, mine)
@@ -55,6 +66,7 @@ def sum_gradients(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> lis
     full = [
         torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() for g, p in zip(grads, like, strict=True)
     ]
+    _meet()
     works = [dist.all_reduce(grad, async_op=True) for grad in full]
     for work in works:
         work.wait()
@@ -64,5 +76,6 @@ def sum_gradients(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> lis
 def broadcast(tensors: Sequence[Tensor]) -> None:
     """Rank 0's values everywhere."""
     if size() > 1:
+        _meet()
         for tensor in tensors:
             dist.broadcast(tensor, 0)

@@ -1,0 +1,244 @@
+"""What every rank but 0 does: load the model, then do what rank 0 says until it ends the run.
+
+Guarantee: nothing is written to the run directory here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from iterative_sft_cli.errors import EXIT_STORAGE, IsftError
+from iterative_sft_cli.generate.base import EngineOutOfMemory
+from iterative_sft_cli.ranks.collectives import open_collectives
+from iterative_sft_cli.ranks.learner import problem_of, take_part
+from iterative_sft_cli.ranks.link import Ended, Link, RankError
+from iterative_sft_cli.ranks.placement import Placement
+from iterative_sft_cli.ranks.wire import from_completion, pack, to_decoding, to_requests, to_rows, unpack
+from iterative_sft_cli.train.base import TrainOutOfMemory
+from iterative_sft_cli.watchdog import Watchdog
+
+SAY_EVERY_S = 0.5
+"""Completions are sent on this often: rank 0 judges them while the shard goes on."""
+
+OpenParts = Callable[..., Any]
+
+
+def serve(placement: Placement, open_parts: OpenParts) -> int:
+    """Work for rank 0 until the run ends; returns the exit code that rank 0 ends with.
+
+    `open_parts(setup)` loads the model and returns an object with `learner`, `engine`, `base_hash` and `device`.
+    """
+    try:
+        link = Link(placement)
+        link.on_stuck = lambda error: _last_words(error)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), link.ask_to_stop)
+        link.join()
+    except Ended as end:
+        link.leave()
+        return end.code
+    except RankError as error:
+        _last_words(error)
+        return EXIT_STORAGE
+    try:
+        return Worker(link, open_parts).run()
+    except Ended as end:
+        return end.code
+    except RankError as error:
+        _last_words(error)
+        return EXIT_STORAGE
+    finally:
+        link.leave()
+
+
+def _last_words(error: BaseException) -> None:
+    sys.stderr.write(f"isft: {error}\n")
+    sys.stderr.flush()
+
+
+class Worker:
+    """The calls of one rank."""
+
+    def __init__(self, link: Link, open_parts: OpenParts) -> None:
+        self.link = link
+        setup, _ = link.next_command()
+        try:
+            self.timeout_s = float(setup["timeout_s"])
+            parts = open_parts(setup)
+            self.learner, self.engine = parts.learner, parts.engine
+            link.put(f"ready/{link.rank}", parts.base_hash)
+            open_collectives(link, parts)
+        except Ended:
+            raise
+        except Exception as error:
+            self._fail(error)
+
+    def run(self) -> int:
+        """Do what rank 0 says; ends by Ended or RankError."""
+        while True:
+            command, part = self.link.next_command()
+            try:
+                getattr(self, f"do_{command['do']}")(command, part)
+            except (Ended, RankError):
+                raise
+            except Exception as error:
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Tell rank 0, whose run this ends, and wait for that end."""
+        if not isinstance(error, IsftError):
+            traceback.print_exc()
+        self.link.fail(problem_of(error))
+        while True:
+            self.link.check()
+            time.sleep(0.05)
+
+    # --- training -------------------------------------------------------------------------------------------------------
+
+    def do_load_weights(self, command: dict[str, Any], part: Any) -> None:
+        """The base model's weights, or those of a folder."""
+        folder = command["folder"]
+        self.learner.load_weights(None if folder is None else seen(folder))
+
+    def do_load_state(self, command: dict[str, Any], part: Any) -> None:
+        """Weights and optimizer of a folder."""
+        self.learner.load_state(seen(command["folder"]))
+
+    def do_spread(self, command: dict[str, Any], part: Any) -> None:
+        """Rank 0's weights, with its optimizer where `state` describes one."""
+        self.learner.spread(command["state"])
+
+    def do_begin(self, command: dict[str, Any], part: Any) -> None:
+        """A pass."""
+        settings = SimpleNamespace(**command["settings"])
+        self.learner.begin(
+            settings, command["num_steps"], seed=command["seed"], keep_optimizer=command["keep_optimizer"]
+        )
+
+    def do_step(self, command: dict[str, Any], part: Any) -> None:
+        """This rank's part of a step; what rank 0 makes of a failure is its own matter."""
+        at, micro = command["step_index"], command["micro_batch_tokens"]
+        self.learner.heartbeat = lambda _tokens: self.link.check()
+        if part is None:
+            try:
+                self.learner.step(to_rows(command["rows"]), at, micro)
+            except TrainOutOfMemory:
+                return  # as on every other rank: all have the same rows
+            self.link.meet()
+            return
+        try:
+            take_part(self.link, lambda: self.learner.step_part(to_rows(part), at, micro))
+        except (Ended, RankError):
+            raise
+        except Exception:
+            return  # rank 0 has heard of it at the meeting, or has met the same
+
+    def do_loss(self, command: dict[str, Any], part: Any) -> None:
+        """This rank's part of a loss."""
+        self.learner.loss(to_rows(command["rows"]))
+
+    def do_gather(self, command: dict[str, Any], part: Any) -> None:
+        """This rank's part of what rank 0 is about to write."""
+        self.learner.gather(state=command["state"])
+
+    def do_offload(self, command: dict[str, Any], part: Any) -> None:
+        """Free what generation does not need."""
+        self.learner.offload()
+
+    def do_reload(self, command: dict[str, Any], part: Any) -> None:
+        """Undo that."""
+        self.learner.reload()
+
+    # --- generation -----------------------------------------------------------------------------------------------------
+
+    def do_serve(self, command: dict[str, Any], part: Any) -> None:
+        """Serve the live weights or those of a folder that rank 0 named."""
+        if self.engine is None:
+            return
+        weights = None if command["weights"] is None else seen(command["weights"], command["manifest"])
+        self.engine.begin(weights)
+
+    def do_unserve(self, command: dict[str, Any], part: Any) -> None:
+        """Free what serving took."""
+        if self.engine is not None:
+            self.engine.end()
+
+    def do_generate(self, command: dict[str, Any], part: Any) -> None:
+        """Make shards until none is left."""
+        number = command["number"]
+        while self.engine is not None:
+            index = self.link.count(f"cursor/{number}") - 1
+            job = self.link.take(f"job/{number}/{index}")
+            if job is None:
+                return
+            self._make(number, index, to_requests(job["requests"]), to_decoding(job["decoding"]))
+
+    def _make(self, number: int, index: int, requests: Any, decoding: Any) -> None:
+        plan = unpack(pack(self.engine.plan(requests, decoding)))
+        made: list[Any] = []
+        tokens = 0
+        said = time.monotonic()
+
+        def say(*, done: bool = False, out_of_memory: bool = False) -> None:
+            nonlocal said, tokens
+            values = {"number": number, "job": index, "plan": plan, "made": made[:], "tokens": tokens}
+            self.link.say("made", done=done, out_of_memory=out_of_memory, **values)
+            made.clear()
+            tokens, said = 0, time.monotonic()
+
+        def heartbeat(num_tokens: int) -> None:
+            nonlocal tokens
+            tokens += num_tokens
+            watchdog.beat()
+            self.link.check()
+            if time.monotonic() - said > SAY_EVERY_S:
+                say()
+
+        def hang() -> None:
+            error = RankError(f"the engine has not made a token for {self.timeout_s:g} s")
+            self._hung(error)
+
+        watchdog = Watchdog(self.timeout_s, hang)
+        self.engine.heartbeat = heartbeat
+        try:
+            with watchdog:
+                for completion in self.engine.generate(requests, decoding, plan):
+                    made.append(from_completion(completion))
+                    watchdog.beat()
+                    self.link.check()
+                    if time.monotonic() - said > SAY_EVERY_S:
+                        say()
+        except EngineOutOfMemory:
+            made.clear()
+            say(out_of_memory=True)
+            return
+        say(done=True)
+
+    def _hung(self, error: RankError) -> None:
+        import faulthandler
+
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        _last_words(RankError(f"{self.link.name}: {error}", hint="raise generate.timeout_s if it is only slow"))
+        os._exit(EXIT_STORAGE)
+
+
+def seen(folder: str, manifest: str | None = None) -> Path:
+    """A folder that rank 0 named, as this host sees it. Raises RankError when it is not there or is another one."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise RankError(
+            f"{folder} is not there",
+            hint="weights of an earlier round are read from disk: every host must see the folder",
+        )
+    if manifest is not None and (path / "MANIFEST.json").read_text(encoding="utf-8") != manifest:
+        raise RankError(f"{folder} is not what rank 0 sees there", hint="do the hosts share this file system?")
+    return path

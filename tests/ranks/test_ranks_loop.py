@@ -1,0 +1,108 @@
+"""The loop on several ranks with the toy backend: the same bytes as one process, and an end that all ranks share."""
+
+import os
+import signal
+import time
+
+import pytest
+from rank_helpers import contents, rows, write_toy_many
+
+QUICK = {"ISFT_RANK_PATIENCE_S": "0.3,4,20,20"}
+
+
+@pytest.fixture(scope="module")
+def alone(forks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    assert forks.run(folder, 1, "train", str(write_toy_many(folder, "run"))) == [0]
+    return contents(folder / "run")
+
+
+def test_two_ranks_leave_what_one_process_leaves(forks, tmp_path, alone):
+    config = write_toy_many(tmp_path, "run")
+    assert forks.run(tmp_path, 2, "train", str(config), **QUICK) == [0, 0], (tmp_path / "rank0.txt").read_text()
+    assert contents(tmp_path / "run") == alone
+    assert "on 2 processes" in (tmp_path / "rank0.txt").read_text()
+    # nothing is written or said anywhere else
+    assert (tmp_path / "rank1.txt").read_text() == ""
+
+
+def test_shards_are_made_on_every_rank(forks, tmp_path):
+    config = write_toy_many(tmp_path, "run", rounds=1)
+    count = tmp_path / "count.py"
+    count.write_text(
+        "import toy_backend, time\n"
+        "made = toy_backend.ToyEngine.generate\n"
+        "def generate(self, requests, decoding, plan):\n"
+        f"    open({str(tmp_path)!r} + f'/made-{{RANK}}', 'a').write(f'{{len(requests)}}\\n')\n"
+        "    time.sleep(0.3)\n"
+        "    yield from made(self, requests, decoding, plan)\n"
+        "toy_backend.ToyEngine.generate = generate\n"
+        "import iterative_sft_cli.build as build\n"
+        "build.open_backend = lambda config, base: toy_backend.make(config)\n"
+    )
+    assert forks.run(tmp_path, 2, "train", str(config), before=count, **QUICK) == [0, 0]
+    made = [(tmp_path / f"made-{rank}").read_text().split() for rank in range(2)]
+    assert len(made[0]) + len(made[1]) == 4 + 2 * 2  # shards of the round, and of two evaluations
+    assert min(len(made[0]), len(made[1])) >= 2
+
+
+def test_a_config_error_ends_every_rank_with_its_code(forks, tmp_path, said):
+    config = write_toy_many(tmp_path, "run")
+    config.write_text(config.read_text().replace("rounds: 2", "rounds: two"))
+    start = time.monotonic()
+    assert forks.run(tmp_path, 2, "train", str(config), **QUICK) == [2, 2]
+    assert "rounds" in said(0) and said(1) == ""
+    assert time.monotonic() - start < 10
+
+
+def test_a_filter_that_fails_on_rank_0_ends_every_rank(forks, tmp_path, said):
+    (tmp_path / "bad.py").write_text("def bad(sample):\n    raise ValueError('no')\n")
+    config = write_toy_many(tmp_path, "run", filters=["finished", "bad.py:bad"])
+    assert forks.run(tmp_path, 2, "train", str(config), **QUICK) == [5, 5]
+    assert "ValueError" in said(0) or "no" in said(0)
+
+
+def wait_for(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_bytes(forks, tmp_path, alone, victim, said):
+    config = write_toy_many(tmp_path, "run")
+    pids = forks.start(tmp_path, 2, "train", str(config), TOY_DELAY_S="0.002", **QUICK)
+    wait_for(lambda: (tmp_path / "run" / "rounds" / "0001" / "generated-00000.jsonl").exists())
+    os.kill(pids[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    codes = forks.wait(pids)
+    assert time.monotonic() - killed < 15
+    assert codes[victim] == -9 and codes[1 - victim] == 4
+    other = said(1 - victim)
+    assert f"pid {pids[1]}" in other if victim == 1 else "rank 0" in other
+    assert "Traceback" not in other
+    assert forks.run(tmp_path, 2, "train", str(config), **QUICK) == [0, 0]
+    assert contents(tmp_path / "run") == alone
+
+
+def test_a_signal_to_any_rank_saves_and_stops_all(forks, tmp_path, alone, said):
+    config = write_toy_many(tmp_path, "run")
+    pids = forks.start(tmp_path, 2, "train", str(config), TOY_DELAY_S="0.002", **QUICK)
+    wait_for(lambda: (tmp_path / "run" / "rounds" / "0001" / "generated-00000.jsonl").exists())
+    os.kill(pids[1], signal.SIGTERM)
+    assert forks.wait(pids) == [75, 75]
+    assert f"SIGTERM on rank 1 ({os.uname().nodename}, pid {pids[1]})" in said(0)
+    assert forks.run(tmp_path, 2, "train", str(config), **QUICK) == [0, 0]
+    assert contents(tmp_path / "run") == alone
+
+
+def test_another_number_of_ranks_goes_on_and_the_ledger_says_so(forks, tmp_path, alone):
+    config = write_toy_many(tmp_path, "run", rounds=1)
+    assert forks.run(tmp_path, 2, "train", str(config), **QUICK) == [0, 0]
+    assert forks.run(tmp_path, 1, "train", str(config), "rounds=2") == [0]
+    changed = [row for row in rows(tmp_path / "run" / "ledger.jsonl") if row["event"] == "changed"]
+    assert [(row["key"], row["old"], row["new"]) for row in changed] == [("processes", 2, None)]
+    names = {name for name in alone if name.startswith("rounds/")}
+    found = contents(tmp_path / "run")
+    assert {name: found[name] for name in names} == {name: alone[name] for name in names}
