@@ -11,6 +11,7 @@ from typing import Any
 from iterative_sft_cli.errors import OutOfMemoryError
 from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory
 from iterative_sft_cli.rounds.stages import Phase, Stages
+from iterative_sft_cli.samples import GENERATED
 from iterative_sft_cli.types import Completion, Decoding, Prompt, Request, Sample, derive_seed
 from iterative_sft_cli.watchdog import Watchdog, end_hung_process
 
@@ -85,6 +86,12 @@ def generate_shard(
     An out-of-memory split is a sealed decision before it is tried, so a resumed run repeats it. At one row it is an error.
     Under an engine that does not repeat itself each finished completion is journaled, and a resumed run asks only for the others.
     """
+    context = int(stages.encoder.context_length)
+    if decoding.max_new_tokens >= context and round_index == 1 and name == f"{GENERATED}-00000":
+        stages.view.note(
+            f"warning: max_new_tokens {decoding.max_new_tokens} is beyond the model's context of {context} tokens:"
+            " completions end there"
+        )
     plan = engine.plan(requests, decoding)
     splits = 0
     # the same plan gives a deterministic engine's same bytes, but only for the whole shard
@@ -128,6 +135,9 @@ def generate_shard(
                 stages.run.shards.seal(round_index, f"split-{name}-{splits}", [plan], {})
     finally:
         finished.close()
+        usage = getattr(engine, "usage", None)
+        if usage is not None:
+            stages.run.telemetry.append({"event": "usage", "round": round_index, "shard": name, **asdict(usage)})
 
 
 class Finished:
