@@ -92,6 +92,7 @@ def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
         run.stats.append(row)
         stages.view.round_done(row, time.monotonic() - start)
         say_alarms(run.stats.rows(), stages.view.note)
+    run.telemetry.append({"event": "safety", "round": round_index, **stages.cost.row()})
     thin_rounds(stages, config, round_index, log)
 
 

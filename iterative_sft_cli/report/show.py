@@ -12,6 +12,7 @@ from iterative_sft_cli.report.lineage import describe, lineage
 from iterative_sft_cli.report.reader import Run
 from iterative_sft_cli.report.screen import console, number, sparkline, table
 from iterative_sft_cli.report.status import COMPLETE, KILLED, RUNNING, STOPPED, status_of
+from iterative_sft_cli.rundir.cost import share_blocked
 
 CURVES = (
     ("accepted share", "filters/accept_rate"),
@@ -54,7 +55,9 @@ def round_seconds(telemetry: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 def summary(run: Run) -> dict[str, Any]:
     """Everything `isft show` prints, as plain data."""
     stats = run.stats
-    seconds = round_seconds(run.view.telemetry_rows())
+    telemetry = run.view.telemetry_rows()
+    seconds = round_seconds(telemetry)
+    blocked = share_blocked(telemetry)
     best = run.best_round
     return {
         "path": str(run.path),
@@ -66,6 +69,7 @@ def summary(run: Run) -> dict[str, Any]:
         "checkpoints": run.view.keys,
         "rounds": stats,
         "seconds": {str(index): value for index, value in seconds.items()},
+        "safety": None if blocked is None else {"blocked_s": blocked[0], "wall_s": blocked[1]},
         "funnels": [{"round": row["round"], "filters": funnel_of(row)} for row in stats if row["round"] > 0],
         "lineage": lineage(run.view, run.settings),
     }
@@ -105,6 +109,10 @@ def print_show(run: Run) -> str:
     if found["best_round"] is not None:
         name = "the starting model" if found["best_round"] == 0 else f"round {found['best_round']}"
         rich.print(safe_text(f"best by {found['metric'].removeprefix('eval/')}: {name}"), soft_wrap=True)
+    if found["safety"]:
+        blocked, wall = found["safety"]["blocked_s"], found["safety"]["wall_s"]
+        share = blocked / wall if wall else 0.0
+        rich.print(f"hashing and syncing held the run up for {blocked:.1f} s of {wall:.1f} s ({share:.1%})")
     return str(status["state"])
 
 

@@ -13,6 +13,7 @@ from iterative_sft_cli.filters.cache import FOLDER
 from iterative_sft_cli.filters.runtime import Runtime
 from iterative_sft_cli.generate.base import Engine
 from iterative_sft_cli.rounds.weights import EngineSession
+from iterative_sft_cli.rundir.cost import CostMeter
 from iterative_sft_cli.samples import StoredSample
 from iterative_sft_cli.train.base import Learner
 from iterative_sft_cli.types import Decoding, Prompt, Request, TrainRow
@@ -71,8 +72,10 @@ class Stages:
     session: EngineSession = field(init=False)
     started: float = field(default_factory=time.monotonic)
     last_save_s: float = 0.0
+    cost: CostMeter = field(init=False)
 
     def __post_init__(self) -> None:
+        self.cost = CostMeter(self.started)
         self.session = EngineSession(self.engine, self.learner, self.run.telemetry)
 
     @property

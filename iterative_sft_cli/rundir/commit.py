@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import DataError
-from iterative_sft_cli.rundir import layout
+from iterative_sft_cli.rundir import cost, layout
 from iterative_sft_cli.rundir.checkpoint import (
     Checkpoint,
     folder_size,
@@ -55,6 +55,7 @@ class PendingCommit:
             work()
 
     def _run(self, work: Callable[[], None]) -> None:
+        cost.enter_background()
         try:
             work()
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
@@ -68,7 +69,8 @@ class PendingCommit:
     def result(self) -> None:
         """Return when the checkpoint is committed. Raises StorageError or whatever else stopped it."""
         if self._thread is not None:
-            self._thread.join()
+            with cost.blocking("wait"):
+                self._thread.join()
         if self._error is not None:
             raise self._error
 
@@ -145,7 +147,7 @@ class Checkpoints:
     def commit(self, key: str, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
         """Make `key` the newest checkpoint: `write(folder)` fills an empty folder. On return it survives a power cut.
 
-        Raises StorageError when the disk refuses, DataError when `key` is not newer than the newest.
+        Raises StorageError when the disk refuses, DataError when `key` is not newer than the newest, ValueError when it is no key.
         """
         self._start(key, write, state, background=False)
 
@@ -170,7 +172,8 @@ class Checkpoints:
         self, key: str, write: Callable[[Path], None], state: Mapping[str, Any], *, background: bool
     ) -> PendingCommit:
         self.wait()
-        if self._newest is not None and parse_key(key) <= parse_key(self._newest.key):
+        place = parse_key(key)
+        if self._newest is not None and place <= parse_key(self._newest.key):
             raise DataError(
                 f"checkpoint {key} is not newer than {self._newest.key}",
                 where=str(self._folder),
@@ -267,7 +270,10 @@ class Checkpoints:
                 sync(path)
             return stamp_files(files)
         # the disk writes while the processors hash
-        with ThreadPoolExecutor(4, thread_name_prefix="isft-sync") as pool:
+        with (
+            cost.blocking("sync"),
+            ThreadPoolExecutor(4, thread_name_prefix="isft-sync", initializer=cost.enter_background) as pool,
+        ):
             syncing = [pool.submit(sync, path) for path in files]
             found = stamp_files(files)
             for one in syncing:

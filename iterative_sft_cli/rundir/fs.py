@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from iterative_sft_cli.errors import StorageError
-from iterative_sft_cli.rundir import system
+from iterative_sft_cli.rundir import cost, system
 
 TEMP_PREFIX = ".tmp-"
 """How the names of unfinished files and folders begin; recovery removes them."""
@@ -184,7 +184,7 @@ class FileSystem:
         try:
             self._write(fd, path, data)
             if sync is not None:
-                with self._change(Op("fsync", path, sync)):
+                with cost.blocking("sync"), self._change(Op("fsync", path, sync)):
                     system.sync_file(fd)
         finally:
             os.close(fd)
@@ -241,12 +241,12 @@ class FileSystem:
 
     def sync_fd(self, fd: int, path: Path, label: str) -> None:
         """Return when the bytes of the open file are on the device."""
-        with self._change(Op("fsync", path, label)):
+        with cost.blocking("sync"), self._change(Op("fsync", path, label)):
             system.sync_file(fd)
 
     def sync_file(self, path: Path, label: str) -> None:
         """Return when the bytes of `path`, whoever wrote them, are on the device."""
-        with self._change(Op("fsync", path, label)):
+        with cost.blocking("sync"), self._change(Op("fsync", path, label)):
             fd = os.open(path, os.O_RDWR | system.OPEN_FLAGS)
             try:
                 system.sync_file(fd)
@@ -255,7 +255,7 @@ class FileSystem:
 
     def sync_dir(self, path: Path, label: str) -> None:
         """Return when the names in `path` are on the device."""
-        with self._change(Op("fsync_dir", path, label)):
+        with cost.blocking("sync"), self._change(Op("fsync_dir", path, label)):
             system.sync_directory(path)
 
     def rename(self, source: Path, target: Path) -> None:

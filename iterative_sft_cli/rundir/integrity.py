@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iterative_sft_cli.rundir import system
+from iterative_sft_cli.rundir import cost, system
 from iterative_sft_cli.rundir.fs import read_bytes, storage_error
 
 SELF = "self_sha256"
@@ -48,7 +48,8 @@ class Stamp:
 
 def stamp_bytes(data: bytes) -> Stamp:
     """The stamp of bytes in memory."""
-    return Stamp(len(data), hashlib.sha256(data).hexdigest())
+    with cost.blocking("hash"):
+        return Stamp(len(data), hashlib.sha256(data).hexdigest())
 
 
 def stamp_file(path: Path) -> Stamp:
@@ -60,7 +61,7 @@ def stamp_file(path: Path) -> Stamp:
     except OSError as error:
         raise storage_error(error, "open", path) from error
     try:
-        with os.fdopen(fd, "rb", buffering=0) as file:
+        with cost.blocking("hash"), os.fdopen(fd, "rb", buffering=0) as file:
             digest = hashlib.file_digest(file, "sha256")
             return Stamp(file.tell(), digest.hexdigest())
     except OSError as error:
@@ -72,14 +73,26 @@ def stamp_files(paths: Iterable[Path]) -> dict[Path, Stamp]:
     todo = list(paths)
     if len(todo) < 2 or sum(path.stat().st_size for path in todo if path.is_file()) < 1 << 20:
         return {path: stamp_file(path) for path in todo}
-    with ThreadPoolExecutor(min(len(todo), os.cpu_count() or 1, 8), thread_name_prefix="isft-hash") as pool:
+    threads = min(len(todo), os.cpu_count() or 1, 8)
+    with (
+        cost.blocking("hash"),
+        ThreadPoolExecutor(threads, thread_name_prefix="isft-hash", initializer=cost.enter_background) as pool,
+    ):
         return dict(zip(todo, pool.map(stamp_file, todo), strict=True))
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name in a manifest is a relative path, as we write them, that stays in its folder on every system."""
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") for part in parts) and not any(c in name for c in "\\:\0")
 
 
 def check_files(folder: Path, files: Mapping[str, Any]) -> None:
     """Raise Damage unless every file of a manifest's list is in `folder` as it was written."""
     wanted: dict[Path, Stamp] = {}
     for name, entry in files.items():
+        if not is_inside(name):
+            raise Damage(folder, f"the manifest names {name!r}, which is not in this folder")
         try:
             wanted[folder / name] = Stamp.from_json(entry)
         except (KeyError, TypeError, ValueError) as error:
