@@ -5,8 +5,11 @@ torch is imported once, in the parent, which never computes with it; each child 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,7 +62,31 @@ def tiny_subject(folder: Path, run: Path, *, adapter: str = "") -> Subject:
     code, _, told = in_child(make)
     if code != 0:
         raise AssertionError(f"the tiny model could not be made:\n{told}")
-    return Subject(train, real_contents)
+    subject = Subject(train, real_contents)
+    import_what_a_run_imports(subject, folder, run)
+    return subject
+
+
+def import_what_a_run_imports(subject: Subject, folder: Path, run: Path) -> None:
+    """Learn from a first run in a child which modules it takes, and import them here: later children find them there."""
+    note = folder / "modules"
+
+    def work() -> None:
+        before = set(sys.modules)
+        try:
+            subject.train(run)
+        finally:
+            note.write_text("\n".join(name for name in list(sys.modules) if name not in before))
+
+    shutil.rmtree(run, ignore_errors=True)
+    code, _, told = in_child(work)
+    if code != 0:
+        raise AssertionError(f"the uninterrupted run ended with {code}:\n{told}")
+    shutil.rmtree(run)
+    for name in note.read_text().split():
+        # modules that are made, not found, cannot be imported by name
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def import_once() -> None:
