@@ -154,25 +154,29 @@ class Shards:
         folder = round_folder(self._run, int(number))
         try:
             seal = parse_document(read_bytes(folder / (check_name(name) + SEAL)), folder)
+            target = _sealed_file(folder, name, seal)
         except Damage:
             return False
-        return bool(seal.get("removed")) and not (folder / str(seal["file"])).exists()
+        return bool(seal.get("removed")) and not target.exists()
 
     def listed(self) -> list[str]:
         """`0001/generated-00000` for every shard that is there, or ought to be: one that was lost stays on the list for `isft verify` to tell."""
         return sorted(self.expected.union(all_shards(self._run)))
 
     def remove(self, round_index: int, name: str) -> None:
-        """Give up a shard that is no longer wanted (`samples.keep`): its seal stays and says so, so that nobody takes it for lost."""
+        """Give up a shard that is no longer wanted (`samples.keep`): its seal stays and says so, so that nobody takes it for lost.
+
+        Raises Damage when the seal is not this shard's.
+        """
         folder = round_folder(self._run, round_index)
         path = folder / (check_name(name) + SEAL)
         self.before_seal()
         seal = parse_document(read_bytes(path), path)
+        target = _sealed_file(folder, name, seal)
         self._fs.publish(
             path, render_document({**seal, "removed": True}), data_label="seal.data", dir_label="seal.removed"
         )
         self.expected.discard(shard_key(round_index, name))
-        target = folder / str(seal["file"])
         if target.exists():
             self._fs.unlink(target)
 
@@ -223,6 +227,14 @@ def all_shards(run: Path) -> list[str]:
     return [
         f"{number}/{name}" for number in list_names(run / ROUNDS) for name in shard_names(run / ROUNDS / number, "")
     ]
+
+
+def _sealed_file(folder: Path, name: str, seal: Mapping[str, Any]) -> Path:
+    """The file that a seal vouches for: this shard's and no other. Raises Damage."""
+    file = seal.get("file")
+    if file not in [name + suffix for suffix in SUFFIXES]:
+        raise Damage(folder / (name + SEAL), f"the seal of another shard ({file})")
+    return folder / str(file)
 
 
 def load_shard(folder: Path, round_index: int, name: str) -> tuple[bytes, dict[str, Any]] | None:

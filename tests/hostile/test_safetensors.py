@@ -169,7 +169,7 @@ def test_everything_that_reads_safetensors_refuses_all_of_them(
 
 INDEXES: dict[str, Any] = {
     "up and out": "../outside.safetensors",
-    "far up": "../../../../../../etc/passwd.safetensors",
+    "far up": "../../../../../../../{outside}/outside.safetensors",
     "absolute": "{outside}/outside.safetensors",
     "backslashes": "..\\outside.safetensors",
     "a drive": "C:outside.safetensors",
