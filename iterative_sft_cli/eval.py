@@ -116,6 +116,29 @@ def summarize(results: Sequence[PromptResult], ks: Sequence[int], *, seed: int) 
     return out
 
 
+def changes(before: Sequence[PromptResult], after: Sequence[PromptResult], *, seed: int) -> dict[str, float | int]:
+    """The flat figures of the change of pass@1 between two evaluations of the same prompts, paired by prompt; empty without a pair.
+
+    `eval/change`: mean difference over prompts, with its bootstrap interval `_low`, `_high`; `eval/num_gained`, `eval/num_lost`:
+    prompts whose value rose or fell; `eval/change_p`: the p-value of the sign test on these.
+    """
+    old, new = ({r.prompt_id: sum(r.correct) / len(r.correct) for r in side if r.correct} for side in (before, after))
+    shared = [key for key in new if key in old]
+    if not shared:
+        return {}
+    differences = [new[key] - old[key] for key in shared]
+    low, high = bootstrap_interval(differences, seed=seed)
+    gained, lost, p_value = paired_sign_test(old, new)
+    return {
+        "eval/change": sum(differences) / len(differences),
+        "eval/change_low": low,
+        "eval/change_high": high,
+        "eval/change_p": p_value,
+        "eval/num_gained": gained,
+        "eval/num_lost": lost,
+    }
+
+
 def paired_sign_test(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[int, int, float]:
     """(gained, lost, p): prompts whose value rose or fell, and the exact two-sided binomial p-value under no change.
 

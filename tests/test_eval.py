@@ -9,6 +9,7 @@ from iterative_sft_cli.eval import (
     PromptResult,
     best_at_k,
     bootstrap_interval,
+    changes,
     maj_at_k,
     paired_sign_test,
     pass_at_k,
@@ -66,3 +67,14 @@ def test_sign_test_is_exact():
     after = {str(i): float(i < 8) for i in range(9)} | {"8": -1.0}
     gained, lost, p = paired_sign_test(before, after)
     assert (gained, lost) == (8, 1) and p == pytest.approx(2 * (1 + 9) / 2**9)
+
+
+def test_changes_are_paired_by_prompt():
+    before = [PromptResult(str(i), (i < 2, False)) for i in range(10)]
+    after = [PromptResult(str(i), (True, i == 0)) for i in reversed(range(12))]
+    row = changes(before, after, seed=0)
+    assert row["eval/change"] == pytest.approx((0.5 + 0 + 8 * 0.5) / 10)
+    assert (row["eval/num_gained"], row["eval/num_lost"]) == (9, 0) and row["eval/change_p"] == pytest.approx(2 / 2**9)
+    # each of ten differences is 0.5 but one: far narrower than the intervals of the two sides
+    assert 0.25 < row["eval/change_low"] <= row["eval/change"] <= row["eval/change_high"] == 0.5
+    assert changes([], after, seed=0) == {}

@@ -100,6 +100,8 @@ FILES: dict[str, Callable[[], str]] = {
     "data/copy_dev.jsonl": lambda: jsonl(self_improve.make(5, 11, 16, kind="copy", seed=1)),
     "data/reward.py": lambda: _own("reward.py"),
     "data/raft_pp.py": lambda: _own("raft_pp.py"),
+    "data/token_distill.py": lambda: _own("token_distill.py"),
+    "data/tree_search.py": lambda: _own("tree_search.py"),
     "data/self_improve.py": lambda: _own("self_improve.py"),
     **{f"data/char-tokenizer/{name}": (lambda text=text: text) for name, text in tokenizer_files().items()},  # type: ignore[misc]
 }

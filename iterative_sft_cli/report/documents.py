@@ -28,6 +28,7 @@ TOPICS = (
     "resuming",
     "gpus",
     "on-disk",
+    "statistics",
     "migrating",
     "python",
     "faq",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from iterative_sft_cli.eval import PromptResult, summarize
+from iterative_sft_cli.eval import PromptResult, changes, summarize
 from iterative_sft_cli.filters import FilterChain
 from iterative_sft_cli.harness import figures as harness_figures
 from iterative_sft_cli.rounds.sampling import generate_shard, into_shards, make_requests, seeds_of
@@ -89,11 +89,23 @@ def evaluate(
             log("evaluated", shard=name, num_samples=len(made))
     stages.run.telemetry.append({"event": "eval", "round": round_index, "seconds": time.monotonic() - start})
     tokens = sum(len(row["completion_ids"]) for row in rows)
-    figures = summarize(results_of(rows, prompts, section.rank_by), section.k, seed=config.seed) | {
+    results = results_of(rows, prompts, section.rank_by)
+    figures = summarize(results, section.k, seed=config.seed) | {
+        **changes(results_before(stages, round_index), results, seed=config.seed),
         "eval/num_tokens": tokens,
         "eval/mean_tokens": tokens / max(1, len(rows)),
     }
     return figures | harness_figures(measure_tasks(stages, round_index, weights_hash, log))
+
+
+def results_before(stages: Stages, round_index: int) -> list[PromptResult]:
+    """The results of the newest evaluation before `round_index`, from its sealed shards; none for the first."""
+    shards = stages.run.shards
+    for earlier in range(round_index - 1, -1, -1):
+        found = [shards.read(earlier, name) for name in shards.names(earlier, f"{EVAL}-")]
+        if found:
+            return results_of([row for rows, _ in filter(None, found) for row in rows], stages.eval_prompts)
+    return []
 
 
 def measure_tasks(stages: Stages, round_index: int, weights_hash: Any, log: RoundLog) -> list[dict[str, Any]]:

@@ -28,6 +28,9 @@ class TokenBatch:
 
     `logprobs` (N,) fp32, differentiable: log-probability of each label. `nll` (N,): the loss of each token, label smoothing
     included. `row` (N,): index of the token's row. `weights` (R,): the rows' weights. `ref_logprobs` (N,) or None.
+    For an objective that asks for them (`needs_logits = True`): `logits` (N, V), differentiable, from which each label is
+    predicted; `sequences`, the (T,) input ids of each row; `index` (N,), the place in its row at which the label is predicted.
+    With these a teacher can be asked about the same tokens: its logits are `teacher(sequences[r])[index[row == r]]`.
     """
 
     logprobs: Tensor
@@ -35,6 +38,9 @@ class TokenBatch:
     row: Tensor
     weights: Tensor
     ref_logprobs: Tensor | None = None
+    logits: Tensor | None = None
+    sequences: tuple[Tensor, ...] = ()
+    index: Tensor | None = None
 
     @property
     def token_weights(self) -> Tensor:
@@ -50,7 +56,7 @@ class TokenBatch:
 
 Objective = Callable[[TokenBatch], Tensor]
 """Takes a `TokenBatch`, returns the (N,) losses, weights applied. An attribute `needs_ref_logprobs = True` asks for
-`TrainRow.ref_logprobs`."""
+`TrainRow.ref_logprobs`, `needs_logits = True` for the full distribution of each token."""
 
 
 def nll(batch: TokenBatch) -> Tensor:
@@ -90,6 +96,12 @@ def needs_ref_logprobs(objective: Objective) -> bool:
     """Whether rows must carry `ref_logprobs`."""
     inner = objective.func if isinstance(objective, functools.partial) else objective
     return bool(getattr(inner, "needs_ref_logprobs", False))
+
+
+def needs_logits(objective: Objective) -> bool:
+    """Whether the objective reads the whole distribution of each token."""
+    inner = objective.func if isinstance(objective, functools.partial) else objective
+    return bool(getattr(inner, "needs_logits", False))
 
 
 def _find(name: str, base_dir: Path | None) -> Any:

@@ -27,7 +27,7 @@ from iterative_sft_cli.train import (
     torch_rows,
 )
 from iterative_sft_cli.train.base import TrainOutOfMemory
-from iterative_sft_cli.train.objectives import TokenBatch, needs_ref_logprobs, resolve_objective
+from iterative_sft_cli.train.objectives import TokenBatch, needs_logits, needs_ref_logprobs, resolve_objective
 from iterative_sft_cli.train.torch_rows import MicroBatch, RowFormat
 from iterative_sft_cli.train.torch_settings import StepSettings
 from iterative_sft_cli.train.torch_weights import Weights
@@ -209,16 +209,21 @@ class TrainCore:
             torch.manual_seed(seed)
             yield
 
-    def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
-        want_mean = self.settings.label_smoothing > 0
-        plain = bool(self._plain_head)
+    def _outputs(self, batch: MicroBatch, *, through: bool) -> Tensor:
+        """What the model makes where a label is predicted: logits (N, V), or `through` its head, the hidden states before it."""
         alpha = self.settings.neftune_noise_alpha if self.model.training else None
         with (
-            torch_head.selected(self._head, batch.positions, through=plain),
+            torch_head.selected(self._head, batch.positions, through=through),
             torch_noise.noisy_embeddings(self.bare, batch, alpha),
             self._layout(batch),
         ):
-            out = self.model(**batch.inputs, use_cache=False).logits[0]
+            out: Tensor = self.model(**batch.inputs, use_cache=False).logits[0]
+        return out
+
+    def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        want_mean = self.settings.label_smoothing > 0
+        plain = bool(self._plain_head)
+        out = self._outputs(batch, through=plain)
         if plain:
             head: Any = self._head
             return torch_head.token_logprobs(out, head.weight, head.bias, batch.targets, want_mean, self._scratch)
@@ -251,10 +256,19 @@ class TrainCore:
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
         """Sum of the objective's losses over the micro-batch, before division by the step's trained tokens."""
-        logprobs, mean = self._logprobs(batch)
         smoothing = self.settings.label_smoothing
+        more: dict[str, Any] = {}
+        if needs_logits(self.objective):
+            if self.is_encoder_decoder:
+                raise ConfigError("an objective with needs_logits takes causal models only", where="train.objective")
+            logits = self._outputs(batch, through=False)
+            sequences, index = torch_rows.sequences(batch)
+            more = {"logits": logits, "sequences": sequences, "index": index}
+            logprobs, mean = torch_head.logprobs_of_logits(logits, batch.targets, smoothing > 0)
+        else:
+            logprobs, mean = self._logprobs(batch)
         nll = -logprobs if mean is None else -(1 - smoothing) * logprobs - smoothing * mean
-        losses = self.objective(TokenBatch(logprobs, nll, batch.row, batch.weights, batch.ref_logprobs))
+        losses = self.objective(TokenBatch(logprobs, nll, batch.row, batch.weights, batch.ref_logprobs, **more))
         if losses.shape != nll.shape:
             raise DataError(
                 f"the objective returned shape {tuple(losses.shape)}",

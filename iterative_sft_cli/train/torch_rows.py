@@ -53,6 +53,18 @@ class RowFormat:
         return replace(self, packed=False)
 
 
+def sequences(batch: MicroBatch) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The rows' input ids, one (T,) tensor each without padding, and for each label the place in its row that predicts it, (N,)."""
+    ids = batch.inputs["input_ids"]
+    if batch.packed:
+        starts = [sum(batch.lengths[:i]) for i in range(len(batch.lengths))]
+        found = tuple(ids[0, start : start + length] for start, length in zip(starts, batch.lengths, strict=True))
+    else:
+        starts = [i * ids.shape[1] for i in range(len(batch.lengths))]
+        found = tuple(ids[i, :length] for i, length in enumerate(batch.lengths))
+    return found, batch.positions - torch.tensor(starts, device=batch.positions.device)[batch.row]
+
+
 def num_trained(row: TrainRow, is_encoder_decoder: bool) -> int:
     """Labels of a row that are predicted; a causal model cannot predict the first token."""
     labels = row.labels if is_encoder_decoder else row.labels[1:]

@@ -60,7 +60,7 @@ def tiny(config, folder) -> list[str]:
 
 def test_the_papers_of_the_list_are_there():
     wanted = "expert-iteration star star-rationalize adastar rest rest-em raft raft-top rft llama2-rs dart-uniform dart-prop2diff lmsi"
-    wanted += " self-consistency self-improve ssd b-star distill spin-data v-star-data rwr minimal gvm reinforce-rej"
+    wanted += " self-consistency self-improve ssd b-star distill spin-data v-star-data rwr minimal gvm reinforce-rej gkd tree-search"
     assert set(names()) == set(wanted.split()) and names()[0] == "minimal"
 
 
@@ -176,6 +176,94 @@ def test_raft_pp_is_ppos_clipped_ratio(folder):
     assert loss.tolist() == pytest.approx([-1.0, -1.28, 0.8])
     loss.sum().backward()
     assert logprobs.grad.tolist() == pytest.approx([-1.0, 0.0, 0.0])
+
+
+def test_distillation_is_the_closed_form_of_the_generalised_divergence(folder, tmp_path):
+    import runpy
+
+    import torch
+    from tiny import save_tiny, tiny_llama
+
+    from iterative_sft_cli.train.torch_core import StepSettings, TrainCore
+    from iterative_sft_cli.types import TrainRow
+
+    teacher = save_tiny(tmp_path / "teacher", model=tiny_llama(seed=1), dtype="float32")
+    example = {"use": f"{folder / 'data' / 'token_distill.py'}:Distill", "args": {"teacher": str(teacher), "beta": 0.5}}
+    student = tiny_llama(seed=2)
+    rows = [TrainRow("a", (9, 10, 11, 12, 13), (-100, -100, 11, 12, 13)), TrainRow("b", (20, 21, 22), (-100, 21, 22))]
+    divergence = runpy.run_path(str(folder / "data" / "token_distill.py"))["divergence"]
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row.input_ids])
+        with torch.no_grad():
+            p, q = (model(ids).logits[0].log_softmax(-1) for model in (student, tiny_llama(seed=1)))
+        places = [i for i, label in enumerate(row.labels[1:]) if label != -100]
+        mean = (p[places].exp() + q[places].exp()) / 2
+        halves = [(x[places].exp() * (x[places] - mean.log())).sum(-1) / 2 for x in (p, q)]
+        expected += (halves[0] + halves[1]).tolist()
+        assert divergence(p, q, 0.0).tolist() == pytest.approx((q.exp() * (q - p)).sum(-1).tolist(), abs=1e-6)
+    core = TrainCore(student, StepSettings(objective=example, learning_rate=1e-3))
+    result = core.step(rows, learning_rate=1e-3, seed=0)
+    assert result.loss == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    later = [core.step(rows, learning_rate=1e-2, seed=0).loss for _ in range(20)]
+    assert later[-1] < result.loss / 2
+
+
+def test_a_search_finds_no_less_likely_answers_than_sampling(folder):
+    import runpy
+
+    from iterative_sft_cli.types import EOS, Completion, Decoding, Request
+
+    class Steps:
+        """Three letters, each followed by a step's end; a step of `a` is likelier than one of `b`."""
+
+        deterministic = True
+
+        def __init__(self):
+            self.asked = []
+
+        def plan(self, requests, decoding):
+            return {"max_rows": 4}
+
+        def generate(self, requests, decoding, plan):
+            self.asked.append(sum(len(request.seeds) for request in requests))
+            for request in requests:
+                for index, drawn in zip(request.sample_indices, request.seeds, strict=True):
+                    letter = 1 if drawn % 2 else 2
+                    last = len(request.prompt_ids) >= 5
+                    reason = EOS if last else "stop"
+                    yield Completion(
+                        request.prompt_id, index, (letter, 0), reason, logprob=-0.1 if letter == 1 else -3.0
+                    )
+
+    inner = Steps()
+    inner.heartbeat = print
+    engine = runpy.run_path(str(folder / "data" / "tree_search.py"))["TreeSearch"](inner, 2, 4, ";")
+    requests = [Request(f"p{i}", "?", (7,), (0, 1), (10 * i, 10 * i + 1)) for i in range(3)]
+    decoding = Decoding(max_new_tokens=20, eos_token_ids=(0,))
+    found = list(engine.generate(requests, decoding, {"max_rows": 4}))
+    assert sorted((one.prompt_id, one.sample_index) for one in found) == [
+        (f"p{i}", j) for i in range(3) for j in (0, 1)
+    ]
+    assert inner.asked == [6 * 4, 6 * 2 * 4, 6 * 2 * 4]
+    for one in found:
+        assert one.finish_reason == EOS and one.token_ids == (1, 0, 1, 0, 1, 0) and one.logprob == pytest.approx(-0.3)
+    assert found == list(engine.generate(requests, decoding, {"max_rows": 4}))
+    short = list(engine.generate(requests, Decoding(max_new_tokens=2, eos_token_ids=(0,)), {"max_rows": 4}))
+    assert {one.finish_reason for one in short} == {"length"} and all(len(one.token_ids) == 2 for one in short)
+
+
+@pytest.mark.parametrize("name", ["gkd", "tree-search"])
+def test_the_examples_of_plug_ins_run_with_a_real_model(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_recipe(name, tmp_path)
+    small = ["rounds=1", "warmup.steps=2", "prompts.limit=3", "eval.limit=2", "guards.on_empty=skip"]
+    small += ["train.steps=2"] if name == "gkd" else ["filters=[nonempty]"]
+    outcome, _ = run(tmp_path / f"{name}-small.yaml", overrides=small)
+    assert outcome.code == 0
+    stats = rows(tmp_path / "runs" / f"{name}-small" / "stats.jsonl")
+    assert stats[-1]["train/num_steps"] > 0 and stats[-1]["train/loss"] > 0
+    assert stats[-1]["generate/num_samples"] == (3 if name == "gkd" else 6)
 
 
 def test_spins_pairs_have_the_human_answer_as_the_better_side(folder, tmp_path, capsys):
