@@ -53,12 +53,29 @@ def validate(
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> int:
-    """Print what each round of CONFIG will do: weights, data, samples, steps; nothing is run."""
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Add time, peak memory and disk, measured by a short run of two rounds.")
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Print what each round of CONFIG will do: weights, data, samples, steps; nothing is run without --probe."""
     from iterative_sft_cli.config import load_config
     from iterative_sft_cli.plan import describe_plan, render_plan
 
-    described = describe_plan(load_config(config, list(overrides or [])))
+    loaded = load_config(config, list(overrides or []))
+    described = describe_plan(loaded)
+    if probe:
+        from iterative_sft_cli.probe import estimate, render_probe, run_probe
+
+        if not as_json:
+            echo(render_plan(described))
+        described["probe"] = estimate(loaded, described, run_probe(loaded))
+        if not as_json:
+            echo(render_probe(described["probe"]))
+            return 0
     if as_json:
         print_json(described)
     else:

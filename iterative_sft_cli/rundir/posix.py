@@ -75,3 +75,11 @@ def process_alive(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process held, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
