@@ -22,6 +22,7 @@ from iterative_sft_cli.rounds.judge import judge_round
 from iterative_sft_cli.rounds.placing import place_weights, undo_training
 from iterative_sft_cli.rounds.search import tune
 from iterative_sft_cli.rounds.sources import live_hash, reads_warmup, sources_of
+from iterative_sft_cli.rounds.splits import FilterSplits
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.rounds.thinning import settle_thinned, thin_rounds
 from iterative_sft_cli.rounds.training import (
@@ -76,6 +77,7 @@ def one_round(stages: Stages, round_index: int, point: ResumePoint) -> None:
             cache_dir=stages.cache_dir,
             runtime=stages.runtime,
             encoder=stages.encoder,
+            batch_sizes=FilterSplits(run.shards, round_index, "eval"),
         )
         with chain:
             row |= evaluate(
@@ -125,6 +127,7 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
             cache_dir=stages.cache_dir,
             runtime=stages.runtime,
             encoder=stages.encoder,
+            batch_sizes=FilterSplits(run.shards, round_index, "filter"),
             max_length=config.train.max_length,
             scores_read=scores_read(config),
             eval_texts=[prompt_text(prompt.prompt) for prompt in stages.eval_prompts],

@@ -11,7 +11,7 @@ from test_loop import digest, rows, run
 
 from iterative_sft_cli import build
 from iterative_sft_cli.errors import OutOfMemoryError
-from iterative_sft_cli.rounds import training
+from iterative_sft_cli.rounds import judge, training
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,6 +86,68 @@ def test_training_on_a_row_that_never_fits_is_an_error_with_advice(toy, memory):
     memory(tokens=5)
     with pytest.raises(OutOfMemoryError, match="gradient_checkpointing"):
         run(toy(rounds=1))
+
+
+@pytest.fixture
+def scoring(tmp_path, monkeypatch):
+    """A config part that scores with a tiny model, and `scoring.fits`: samples of a batch that fit into memory."""
+    from tiny import save_tiny
+
+    from iterative_sft_cli.filters.builtin import perplexity
+
+    save_tiny(tmp_path / "model")
+    original = perplexity.in_batches
+
+    class Scoring:
+        fits = 10**9
+        batches = []
+        filters = [{"perplexity": {"path": str(tmp_path / "model")}}, {"threshold": {"by": "-perplexity", "min": -1e9}}]
+
+    def in_batches(rows, batch_size, run, key=len):
+        def limited(batch):
+            Scoring.batches.append(len(batch))
+            if len(batch) > Scoring.fits:
+                raise MemoryError
+            return run(batch)
+
+        return original(rows, batch_size, limited, key)
+
+    monkeypatch.setattr(perplexity, "in_batches", in_batches)
+    return Scoring
+
+
+def test_a_scoring_filter_halves_its_batch_and_a_crash_replays_it(toy, tmp_path, monkeypatch, scoring):
+    changes = {"rounds": 1, "filters": scoring.filters, "eval": None}
+    run(toy(output_dir="roomy", **changes))
+    scoring.fits = 3
+    run(toy(output_dir="whole", **changes))
+    splits = sorted((tmp_path / "whole/rounds/0001").glob("split-filter-*.jsonl"))
+    assert [rows(path)[0] for path in splits] == [
+        {"filter": "filters[0]", "batch_size": 4},
+        {"filter": "filters[0]", "batch_size": 2},
+    ]
+    sizes = [rows(tmp_path / d / "rounds/0001/train.jsonl") for d in ("roomy", "whole")]
+    assert sizes[0] == sizes[1]
+
+    # killed after the halving was recorded, before any verdict is: what is tried first now is what fitted then
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "_verdict_row", crash)
+        with pytest.raises(KeyboardInterrupt):
+            run(toy(output_dir="run", **changes))
+    scoring.batches.clear()
+    run(toy(output_dir="run", **changes))
+    assert max(scoring.batches) == 2
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+
+
+def test_a_scoring_filter_that_cannot_take_one_sample_is_an_error_with_advice(toy, scoring):
+    scoring.fits = 0
+    with pytest.raises(OutOfMemoryError, match="the filter `perplexity` looked at a single sample") as caught:
+        run(toy(rounds=1, filters=scoring.filters))
+    assert caught.value.exit_code == 4 and "device: cpu" in caught.value.render()
 
 
 def train_hanging(config: Path, flag: Path) -> subprocess.CompletedProcess[str]:

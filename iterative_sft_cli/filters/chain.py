@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from iterative_sft_cli.errors import ConfigError, PluginError
+from iterative_sft_cli.filters.batches import BatchSizes
 from iterative_sft_cli.filters.contract import Outcome
 from iterative_sft_cli.filters.resolve import ResolvedFilter, is_read, unread_scores
 from iterative_sft_cli.filters.runners import Runner
@@ -41,6 +42,7 @@ class FilterChain:
 
     `scores_read` are the names that weights and objectives read; None switches the check for unread scores off (eval).
     `eval_texts` are the evaluation's prompts, for `not_in_eval`. `runtime` holds workers and models that outlive the chain; without one the chain has its own.
+    `batch_sizes` keeps the batches of scoring models that did not fit into memory, for a resumed round to take the same.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class FilterChain:
         scores_read: Iterable[str] | None = None,
         eval_texts: Sequence[str] = (),
         runtime: Runtime | None = None,
+        batch_sizes: BatchSizes | None = None,
     ) -> None:
         self.filters = [one.at_round(round_index) for one in filters]
         self.round_index = round_index
@@ -72,6 +75,7 @@ class FilterChain:
                 cache_dir=cache_dir,
                 accepted_earlier=accepted_earlier if accepted_earlier is not None else (),
                 eval_texts=eval_texts,
+                batch_sizes=batch_sizes,
             )
             for one in self.filters
         ]

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from iterative_sft_cli.config.secrets import hide
 from iterative_sft_cli.errors import DataError, IsftError, PluginError
+from iterative_sft_cli.filters.batches import BatchSizes, InMemory, judge_in_batches
 from iterative_sft_cli.filters.cache import ResultCache
 from iterative_sft_cli.filters.context import Context
 from iterative_sft_cli.filters.contract import ContractBreach, Outcome, to_outcome, to_outcomes
@@ -46,9 +48,15 @@ class DirectRunner:
     """Calls the filter in this process. What it raises becomes a PluginError with the filter, the prompt and the cause."""
 
     def __init__(
-        self, one: ResolvedFilter, call: Callable[..., Any], make_context: Callable[[str], Context], batch: Any
+        self,
+        one: ResolvedFilter,
+        call: Callable[..., Any],
+        make_context: Callable[[str], Context],
+        batch: Any,
+        sizes: BatchSizes | None = None,
     ) -> None:
         self._one = one
+        self._sizes = sizes or InMemory()
         self._call = call
         self._make_context = make_context
         self._batch = batch
@@ -73,7 +81,7 @@ class DirectRunner:
     def judge_batch(self, samples: Sequence[Sample]) -> list[Outcome]:
         """All samples at once."""
         try:
-            return to_outcomes(self._batch(list(samples)), len(samples))
+            return to_outcomes(judge_in_batches(self._one, self._batch, samples, self._sizes), len(samples))
         except Exception as error:
             raise blame(self._one, error, prompt_id=samples[0].prompt_id) from error
 
@@ -138,7 +146,9 @@ class ThreadRunner:
                 ):
                     raise blame(self._one, error, prompt_id=sample.prompt_id, sample_id=sample.sample_id) from error
                 if self._one.on_error == "drop":
-                    return Outcome(Verdict(False, None, "plugin_error", {"error": explain(error)[:300]}))
+                    return Outcome(
+                        Verdict(False, None, "plugin_error", {"error": hide(explain(error), self._one.env)[:300]})
+                    )
         if self._cache is not None:
             self._cache.put(key, [outcome_to_row(outcome)])
         return outcome
@@ -250,6 +260,6 @@ def blame(
     where = f"{one.key}: {one.use}"
     if isinstance(error, IsftError):
         return type(error)(error.what, where=error.where or where, expected=error.expected, hint=error.hint)
-    cause = str(error) if isinstance(error, ContractBreach) else f"it raised {explain(error)}"
+    cause = hide(str(error) if isinstance(error, ContractBreach) else f"it raised {explain(error)}", one.env)
     hint = "`isft filters test` runs it over stored samples" if not one.builtin else None
     return PluginError(f"the filter `{one.name}` failed on {subject}: {cause}", where=where, hint=hint)

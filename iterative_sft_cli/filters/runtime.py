@@ -11,6 +11,7 @@ from typing import Any
 
 from iterative_sft_cli.errors import IsftError, PluginError, StorageError
 from iterative_sft_cli.filters import processes
+from iterative_sft_cli.filters.batches import BatchSizes
 from iterative_sft_cli.filters.cache import ResultCache
 from iterative_sft_cli.filters.context import Context
 from iterative_sft_cli.filters.contract import make_callable
@@ -60,6 +61,7 @@ class Runtime:
         cache_dir: Path | None,
         accepted_earlier: History,
         eval_texts: Sequence[str] = (),
+        batch_sizes: BatchSizes | None = None,
     ) -> Runner:
         """The runner of a filter for one round."""
         key = to_json([str(one.location), one.source_hash, one.kind, one.arguments, one.name, one.device, one.env])
@@ -92,7 +94,7 @@ class Runtime:
         if one.spec is not None and one.spec.threads:
             kept = self._cache(cache_dir, key, one) if cache_dir is not None and one.spec.cached else None
             return ThreadRunner(one, call, self._executor(key, one), kept)
-        return DirectRunner(one, call, make_context, batch)
+        return DirectRunner(one, call, make_context, batch, batch_sizes)
 
     def _call(self, key: bytes, one: ResolvedFilter) -> tuple[Callable[..., Any], Any]:
         """The callable of an in-process filter; a class is built once, and again when its arguments change."""

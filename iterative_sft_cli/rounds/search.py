@@ -13,6 +13,7 @@ from typing import Any
 from iterative_sft_cli.filters import FilterChain
 from iterative_sft_cli.filters.scores import value_of
 from iterative_sft_cli.rounds.sampling import generate_shard, into_shards, make_requests, seeds_of
+from iterative_sft_cli.rounds.splits import FilterSplits
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.rounds.weights import Source
 from iterative_sft_cli.samples import TRIALS, sample_to_row
@@ -109,6 +110,7 @@ def _sample(
         cache_dir=stages.cache_dir,
         runtime=stages.runtime,
         encoder=stages.encoder,
+        batch_sizes=FilterSplits(stages.run.shards, round_index, f"trial-{number:02d}"),
     )
     rows: list[Mapping[str, Any]] = []
     sealed = set(stages.run.shards.names(round_index, TRIALS))

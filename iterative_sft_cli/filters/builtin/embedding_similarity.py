@@ -39,7 +39,7 @@ class embedding_similarity:
         max_length: int | None = None,
     ) -> None:
         self._to = to
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._max_length = max_length
         self._scorer = ScoringModel("AutoModel", path, revision, "embedding_similarity")
         self.device: str | None = None
@@ -87,7 +87,7 @@ class embedding_similarity:
             vectors: list[list[float]] = torch.nn.functional.normalize(mean, dim=-1).tolist()
             return vectors
 
-        return in_batches(rows, self._batch_size, run)
+        return in_batches(rows, self.batch_size, run)
 
     def release(self) -> None:
         """Leave the accelerator."""

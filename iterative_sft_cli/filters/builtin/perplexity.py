@@ -38,7 +38,7 @@ class perplexity:
         max_length: int | None = None,
         given_prompt: bool = True,
     ) -> None:
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._max_length = max_length
         self._given_prompt = given_prompt
         self._scorer = ScoringModel("AutoModelForCausalLM", path, revision, "perplexity")
@@ -77,7 +77,7 @@ class perplexity:
             return values
 
         pairs = list(zip(rows, own.values(), strict=True))
-        found = dict(zip(own, in_batches(pairs, self._batch_size, run, key=lambda pair: len(pair[0])), strict=True))
+        found = dict(zip(own, in_batches(pairs, self.batch_size, run, key=lambda pair: len(pair[0])), strict=True))
         return [Verdict(True, found.get(index)) for index in range(len(samples))]
 
     def _prompt_ids(self, tokenizer: Any, sample: Sample) -> list[int]:

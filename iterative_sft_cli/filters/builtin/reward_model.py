@@ -41,7 +41,7 @@ class reward_model:
         output: Literal["auto", "raw", "sigmoid", "softmax"] = "auto",
         part: Literal["completion", "final"] = "completion",
     ) -> None:
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._max_length = max_length
         self._label = label
         self._output = output
@@ -76,7 +76,7 @@ class reward_model:
             values: list[float] = self._activate(logits, column).tolist()
             return values
 
-        scores = in_batches(rows, self._batch_size, run)
+        scores = in_batches(rows, self.batch_size, run)
         return [
             Verdict(True, score, None, {"truncated": True} if was_cut else {})
             for score, was_cut in zip(scores, cut, strict=True)
