@@ -24,6 +24,7 @@ TOPICS = (
     "config",
     "cli",
     "filters",
+    "engines",
     "recipes",
     "resuming",
     "gpus",

@@ -50,6 +50,15 @@ def test_three_kinds_of_names(entry_point: list[EntryPoint]) -> None:
         engine.end()
 
 
+def test_the_engine_of_the_documentation(tmp_path: Path) -> None:
+    page = (Path(plugin.__file__).parents[1] / "docs" / "engines.md").read_text("utf-8")
+    (tmp_path / "mine.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    engine = open_it("mine.py:make", tmp_path, num_tokens=2)
+    engine.heartbeat = lambda num_tokens: None
+    engine.begin(None)
+    assert [len(completion.token_ids) for completion in completions_of(engine)] == [3] * 4
+
+
 def test_the_heartbeat_reaches_the_loop_and_its_stop_comes_back() -> None:
     class Stop(Exception):
         pass
