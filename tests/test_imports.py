@@ -11,12 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "iterative_sft_cli"
 STAGES = {"prompts", "generate", "filters", "train"}
 LEVELS = [
-    {"types", "errors"},
+    {"types", "errors", "native", "tensor_files"},
     {"config", "encoding", "samples", "eval", "tensor_files"},
     {"model", "rundir", "stats", "prompts", "generate", "filters", "train"},
-    {"guards", "alarms", "console", "signals", "watchdog", "rounds"},
+    {"guards", "alarms", "console", "signals", "watchdog", "rounds", "harness"},
     {"loop", "build", "report", "recipes", "resume", "tracking"},
-    {"experiment", "plan", "ranks"},
+    {"experiment", "plan", "ranks", "probe"},
     {"cli", "commands"},
     {"__main__", "__init__"},
 ]

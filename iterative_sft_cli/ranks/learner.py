@@ -44,14 +44,15 @@ class RankedLearner:
     def heartbeat(self, call: Callable[[int], None]) -> None:
         self._local.heartbeat = call
 
-    def load_weights(self, folder: Path | None) -> None:
+    def load_weights(self, folder: Path | None, *, round_index: int = 0) -> None:
         """Take the weights of a folder (None: the base model's) on every rank; only this one reads them."""
         spread: Any = getattr(self._local, "spread", None)
         if spread is None:
-            self._link.command("load_weights", folder=None if folder is None else str(folder.resolve()))
-            self._local.load_weights(folder)
+            place = None if folder is None else str(folder.resolve())
+            self._link.command("load_weights", folder=place, round_index=round_index)
+            self._local.load_weights(folder, round_index=round_index)
             return
-        self._local.load_weights(folder)
+        self._local.load_weights(folder, round_index=round_index)
         self._link.command("spread", state=None)
         self._together(lambda: spread(None))
 

@@ -107,7 +107,7 @@ class Worker:
     def do_load_weights(self, command: dict[str, Any], part: Any) -> None:
         """The base model's weights, or those of a folder."""
         folder = command["folder"]
-        self.learner.load_weights(None if folder is None else seen(folder))
+        self.learner.load_weights(None if folder is None else seen(folder), round_index=command["round_index"])
 
     def do_load_state(self, command: dict[str, Any], part: Any) -> None:
         """Weights and optimizer of a folder."""

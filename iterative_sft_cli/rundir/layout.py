@@ -12,6 +12,7 @@ FORMAT = 1
 
 MARKER = "isft-run.json"
 LOCK = "LOCK"
+LEASE = "LEASE"
 CONFIG = "config.yaml"
 RESOLVED = "resolved.yaml"
 ENVIRONMENT = "environment.json"

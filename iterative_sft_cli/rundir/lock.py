@@ -1,4 +1,7 @@
-"""One writer a run: an exclusive lock on the open file `LOCK`, which the kernel frees the moment its holder dies."""
+"""One writer a run: an exclusive lock on the open file `LOCK`, which the kernel frees the moment its holder dies.
+
+Where that lock is not known to reach other hosts (a network file system), a lease is held beside it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import DataError, StorageError
-from iterative_sft_cli.rundir import system
+from iterative_sft_cli.rundir import layout, lease, system
 from iterative_sft_cli.rundir.fs import FileSystem, read_bytes
 
 PATIENCE_S = 1.0
@@ -30,9 +33,11 @@ class RunLock:
         self.path = path
         self._fs = fs
         self._held = False
+        self._lease: lease.Lease | None = None
         self._fd = fs.open_lock(path)
+        alone = lease.lock_is_enough(path.parent)
         try:
-            if not system.try_lock(self._fd):
+            if not _try_lock(self._fd, needed=alone):
                 raise DataError(
                     f"another process is working in this run: {describe_holder(path)}",
                     where=str(path.parent),
@@ -41,6 +46,12 @@ class RunLock:
             self._held = True
             _held.add(self._fd)
             fs.replace_text(self._fd, path, _me())
+            if not alone:
+                # whoever had this kernel's lock is gone, or we would not have it
+                boot = system.boot_id()
+                me = {**json.loads(_me()), "boot": boot}
+                name = path.with_name(layout.LEASE)
+                self._lease = lease.Lease(name, fs, me, is_gone=lambda one: bool(boot) and one.get("boot") == boot)
         except BaseException:
             self.close()
             raise
@@ -50,6 +61,8 @@ class RunLock:
         if self._fd < 0:
             return
         try:
+            if self._lease is not None:
+                self._lease.close()
             if self._held:
                 with contextlib.suppress(StorageError):
                     self._fs.replace_text(self._fd, self.path, b"")
@@ -57,6 +70,16 @@ class RunLock:
             _held.discard(self._fd)
             os.close(self._fd)
             self._fd = -1
+
+
+def _try_lock(fd: int, *, needed: bool) -> bool:
+    try:
+        return system.try_lock(fd)
+    except OSError:
+        # some network file systems know no locks: the lease is then all there is
+        if needed:
+            raise
+        return True
 
 
 def describe_holder(path: Path) -> str:

@@ -66,6 +66,14 @@ def free_bytes(path: Path) -> int:
     return info.f_bavail * info.f_frsize
 
 
+def boot_id() -> str | None:
+    """What names this run of this kernel, the same in all its containers; None where there is nothing of the kind."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
 def process_alive(pid: int) -> bool:
     """Whether a process of this machine has the number `pid`."""
     try:

@@ -8,6 +8,7 @@ if sys.platform == "win32":
     from iterative_sft_cli.rundir.windows import (
         OPEN_FLAGS,
         STOP_SIGNALS,
+        boot_id,
         close_in_children,
         free_bytes,
         peak_memory,
@@ -20,6 +21,7 @@ else:
     from iterative_sft_cli.rundir.posix import (
         OPEN_FLAGS,
         STOP_SIGNALS,
+        boot_id,
         close_in_children,
         free_bytes,
         peak_memory,
@@ -32,6 +34,7 @@ else:
 __all__ = [
     "OPEN_FLAGS",
     "STOP_SIGNALS",
+    "boot_id",
     "close_in_children",
     "free_bytes",
     "peak_memory",

@@ -104,8 +104,9 @@ def refuse_foreign(path: Path) -> None:
     names = [name for name in list_names(path) if name not in FOREIGN_BUT_EMPTY]
     if layout.MARKER in names:
         return
-    left_by_us = {layout.LOCK, f"{TEMP_PREFIX}{layout.MARKER}"}
-    other = [name for name in names if name not in left_by_us]
+    left_by_us = {layout.LOCK, layout.LEASE, f"{TEMP_PREFIX}{layout.MARKER}"}
+    marks = f"{TEMP_PREFIX}{layout.LEASE}."
+    other = [name for name in names if name not in left_by_us and not name.startswith(marks)]
     if other:
         raise DataError(
             f"the folder is not empty and is not a run of isft (it holds {other[0]})",

@@ -53,6 +53,11 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def boot_id() -> str | None:
+    """None: Windows has nothing of the kind."""
+    return None
+
+
 def process_alive(pid: int) -> bool:
     """Whether a process has the number `pid` (`os.kill(pid, 0)` would end it here)."""
     if sys.platform != "win32":

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 door: Callable[[], None] | None = None
 """Called before a collective where ranks may come at different times: it returns when all are there, and waits outside of the collective."""
 
