@@ -173,6 +173,11 @@ def may_pack(model: nn.Module) -> bool:
     return not kinds or set(kinds) == {"full_attention"}
 
 
+def lengths_now() -> tuple[int, ...]:
+    """The lengths of the rows that lie end to end now; empty outside `rows_layout`."""
+    return _Rows.lengths
+
+
 @contextmanager
 def rows_layout(model: nn.Module, lengths: tuple[int, ...]) -> Iterator[None]:
     """Inside, `model` attends within rows of these lengths; forward and backward both belong inside."""

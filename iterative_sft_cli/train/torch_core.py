@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.train import (
     torch_attention,
+    torch_blocks,
     torch_head,
+    torch_memory,
     torch_noise,
     torch_norms,
     torch_optim,
     torch_ranks,
     torch_rows,
 )
-from iterative_sft_cli.train.base import TrainOutOfMemory
 from iterative_sft_cli.train.objectives import TokenBatch, needs_logits, needs_ref_logprobs, resolve_objective
+from iterative_sft_cli.train.torch_adamw import AdamW
 from iterative_sft_cli.train.torch_rows import MicroBatch, RowFormat
 from iterative_sft_cli.train.torch_settings import StepSettings
 from iterative_sft_cli.train.torch_weights import Weights
@@ -63,17 +65,6 @@ def bare_model(model: nn.Module) -> Any:
     return inner() if callable(inner) else model
 
 
-def set_checkpointing(model: Any, on: bool, kwargs: Mapping[str, Any] | None) -> None:
-    """Switch activation checkpointing of a transformers model, whatever its version calls it."""
-    now = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on and not now:
-        options = dict(kwargs or {"use_reentrant": False})
-        getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": options})
-    elif now and not on:
-        getattr(model, f"{word}_checkpointing_disable")()
-
-
 class TrainCore:
     """A model with its optimizer. `settings` may be replaced between passes by `configure`."""
 
@@ -90,7 +81,9 @@ class TrainCore:
         self.bare = bare_model(model)
         self.config: Any = self.bare.config
         self.device = device or next(model.parameters()).device
-        self.weights = Weights(model, compute_dtype, own_masters=optimizer is None)
+        self._blocks = torch_blocks.Blocks(model)
+        together = self._blocks.together
+        self.weights = Weights(model, compute_dtype, own_masters=optimizer is None, together=together)
         if not self.weights.params:
             raise ConfigError("the model has no trainable parameter", where="model")
         self.heartbeat: Callable[[int], None] = lambda _tokens: None
@@ -112,7 +105,9 @@ class TrainCore:
         changed = getattr(self, "settings", settings).optimizer != settings.optimizer
         self.settings = settings
         self.objective = resolve_objective(settings.objective)
-        set_checkpointing(self.bare, settings.gradient_checkpointing, settings.gradient_checkpointing_kwargs)
+        torch_memory.set_checkpointing(
+            self.bare, settings.gradient_checkpointing, settings.gradient_checkpointing_kwargs
+        )
         if self.own_optimizer and (self.optimizer is None or changed):
             self.fresh_optimizer()
         elif self.own_optimizer:
@@ -313,9 +308,7 @@ class TrainCore:
 
     def auto_budget(self) -> int:
         """Tokens a micro-batch may hold: a function of the model's shape and the machine's total memory only."""
-        from iterative_sft_cli.train.torch_memory import micro_batch_tokens
-
-        return micro_batch_tokens(self.config, self.device, self.settings.gradient_checkpointing)
+        return torch_memory.micro_batch_tokens(self.config, self.device, self.settings.gradient_checkpointing)
 
     def step(
         self, rows: Sequence[TrainRow], *, learning_rate: float | None, seed: int, micro_batch_tokens: int | None = None
@@ -325,7 +318,7 @@ class TrainCore:
         `learning_rate` None leaves each parameter group's own rate. Raises TrainOutOfMemory, DataError or NonFiniteLoss with everything untouched.
         """
         self.check_rows(rows)
-        with self._out_of_memory():
+        with torch_memory.out_of_memory():
             batches = self.micro_batches(rows, micro_batch_tokens)
         return self.step_batches(batches, len(rows), learning_rate=learning_rate, seed=seed)
 
@@ -343,12 +336,13 @@ class TrainCore:
         try:
             self.model.train()
             with ExitStack() as stack:
-                stack.enter_context(self._out_of_memory())
+                stack.enter_context(torch_memory.out_of_memory())
                 stack.enter_context(self._quiet(derive_seed(seed, "dropout", torch_ranks.rank())))
                 stack.enter_context(torch.enable_grad())
                 self.weights.cast(frozen=False)
                 stack.enter_context(self.weights.swapped_in())
                 stack.enter_context(torch_norms.fused_norms(self._norms))
+                stack.enter_context(self._blocks.standing_in())
                 stack.enter_context(self.weights.gathering(in_fp32=len(batches) > 1 or ranks > 1))
                 for batch in batches:
                     part = self.loss_sum(batch)
@@ -386,6 +380,9 @@ class TrainCore:
         limit = self.settings.max_grad_norm
         scale = limit / (norm + 1e-6) if limit and norm > limit else 1.0
         assert self.optimizer is not None
+        if isinstance(self.optimizer, AdamW) and self.optimizer.step_with(self.weights.masters, grads, scale):
+            self.weights.publish()
+            return
         for number, master in enumerate(self.weights.masters):
             grad, grads[number] = grads[number], None
             if grad is not None:
@@ -397,15 +394,3 @@ class TrainCore:
             for master in self.weights.masters:
                 master.grad = None
         self.weights.publish()
-
-    @contextmanager
-    def _out_of_memory(self) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise TrainOutOfMemory(str(error)) from error
-        except (MemoryError, RuntimeError) as error:
-            text = str(error)
-            if isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
-                raise TrainOutOfMemory(text) from error
-            raise

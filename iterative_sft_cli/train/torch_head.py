@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iterative_sft_cli.train import torch_native
+
 _CHUNK = 256
 """Tokens whose logits are made in one matrix product."""
 _SLICE = 32
@@ -60,6 +62,7 @@ class _TokenLogprobs(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         memory = Scratch() if scratch is None else scratch
         ahead = keep and not want_mean and ctx.needs_input_grad[0]
+        native = not want_mean and torch_native.offered(hidden, 16)
         down = memory.get("down", count, vocabulary, dtype, device) if keep else None
         grad_hidden = torch.empty_like(hidden) if ahead else None
         logprobs = torch.empty(count, dtype=torch.float32, device=device)
@@ -71,10 +74,15 @@ class _TokenLogprobs(torch.autograd.Function):
         normal_memory = memory.get("normal", min(piece, size), vocabulary, torch.float32, device)
         for start in range(0, count, _CHUNK):
             end = min(start + _CHUNK, count)
-            logits = logits_memory[: end - start]
+            logits = down[start:end] if native and down is not None else logits_memory[: end - start]
             torch.mm(hidden[start:end], weight.t(), out=logits)
             if bias is not None:
                 logits += bias
+            if native:
+                logprobs[start:end] = torch_native.softmax(logits, targets[start:end], keep=keep)
+                if grad_hidden is not None:
+                    torch.mm(logits, weight, out=grad_hidden[start:end])
+                continue
             for low in range(0, end - start, piece):
                 part = logits[low : low + piece]
                 place = slice(start + low, start + low + part.shape[0])

@@ -1,15 +1,20 @@
-"""How many tokens one forward and backward pass may hold.
+"""Memory of a step: how many tokens one forward and backward pass may hold, checkpointing, and what happens without enough.
 
-Guarantee: a pure function of the model's shape and the machine's total memory, so a resumed run splits its steps alike.
+Guarantee: the budget is a pure function of the model's shape and the machine's total memory, so a resumed run splits its steps
+alike.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from iterative_sft_cli.train.base import TrainOutOfMemory
 
 _SHARE = 0.25
 _MAX_CPU = 4096
@@ -43,3 +48,28 @@ def micro_batch_tokens(config: Any, device: torch.device, checkpointing: bool) -
     """The budget that `micro_batch_tokens: auto` means."""
     room = int(total_memory(device) * _SHARE) // bytes_per_token(config, checkpointing)
     return max(64, min(room, _MAX_CPU if device.type == "cpu" else _MAX_GPU))
+
+
+def set_checkpointing(model: Any, on: bool, kwargs: Mapping[str, Any] | None) -> None:
+    """Switch activation checkpointing of a transformers model, whatever its version calls it."""
+    now = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on and not now:
+        options = dict(kwargs or {"use_reentrant": False})
+        getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": options})
+    elif now and not on:
+        getattr(model, f"{word}_checkpointing_disable")()
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Inside, running out of memory is TrainOutOfMemory, whoever says it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainOutOfMemory(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+            raise TrainOutOfMemory(text) from error
+        raise

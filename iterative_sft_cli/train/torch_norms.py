@@ -13,12 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iterative_sft_cli.train import torch_native
+
 
 class _RmsNorm(torch.autograd.Function):
     """weight * (x / sqrt(mean(x^2) + eps)): the quotient in fp32, rounded to the dtype of x before the weight, as Llama's is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.native = weight.dtype == x.dtype and x.is_contiguous() and torch_native.offered(x, x.shape[-1])
+        if ctx.native:
+            out, factors = torch_native.norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, factors)
+            return out
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         unit = torch.mul(x, scale, out=torch.empty_like(x))
@@ -29,6 +36,8 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         unit, weight, scale = ctx.saved_tensors
         grad = grads[0]
+        if ctx.native:
+            return *torch_native.norm_back(unit, weight, scale, grad), None
         product = grad * unit
         grad_weight = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         along = (product @ weight[:, None]).div_(unit.shape[-1])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from iterative_sft_cli.errors import ConfigError, DataError
+from iterative_sft_cli.train.torch_adamw import AdamW
 from iterative_sft_cli.train.torch_settings import StepSettings
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -52,7 +53,7 @@ def make_optimizer(
     if name == "adamw":
         kinds = {master.device.type for master in masters}
         fused = kinds <= {"cpu", "cuda"} and all(master.is_floating_point() for master in masters)
-        return torch.optim.AdamW(
+        return AdamW(
             groups, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon, fused=fused, foreach=None
         )
     if name == "adafactor":

@@ -6,7 +6,7 @@ less than fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,8 +21,17 @@ class Weights:
     the parameters themselves are what the optimizer changes, whatever their dtype.
     """
 
-    def __init__(self, model: nn.Module, compute_dtype: torch.dtype, *, own_masters: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        compute_dtype: torch.dtype,
+        *,
+        own_masters: bool = True,
+        together: Sequence[Sequence[nn.Parameter]] = (),
+    ) -> None:
+        """`together` lists matrices of equal width whose compute copies are laid end to end."""
         self.model = model
+        self._together = together
         self.compute_dtype = compute_dtype
         self.names: list[str] = []
         self.params: list[nn.Parameter] = []
@@ -47,6 +56,9 @@ class Weights:
     def cast(self, *, frozen: bool) -> None:
         """Bring the compute copies up to date with the parameters; `frozen` ones too when asked."""
         if not self._places:
+            for group in self._together:
+                self._join(group)
+                frozen = True
             for module in self.model.modules():
                 for key, param in module._parameters.items():
                     if param is not None and self._needs_copy(param):
@@ -58,6 +70,15 @@ class Weights:
         for param, copy in self._copies.items():
             if frozen or param.requires_grad:
                 copy.copy_(param)
+
+    def _join(self, group: Sequence[nn.Parameter]) -> None:
+        """Make the copies of a group out of one piece of memory."""
+        if not all(self._needs_copy(param) and param not in self._copies for param in group):
+            return
+        rows = [param.shape[0] for param in group]
+        whole = torch.empty(sum(rows), group[0].shape[1], dtype=self.compute_dtype, device=group[0].device)
+        for param, part in zip(group, torch.split(whole, rows), strict=True):
+            self._copies[param] = nn.Parameter(part, requires_grad=param.requires_grad)
 
     def drop_copies(self) -> None:
         """Free the compute copies."""
