@@ -89,12 +89,24 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="The page; RUN/report.html by default.")
     ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option("--plots", metavar="DIR", help="Write the curves as PNG files into DIR instead (extra: plots)."),
+    ] = None,
 ) -> int:
-    """Write RUN as one HTML file that opens anywhere, without a network."""
+    """Write RUN as one HTML file that opens anywhere, without a network; or its curves as pictures."""
     from iterative_sft_cli.report.html import write_report
     from iterative_sft_cli.report.reader import Run
     from iterative_sft_cli.report.screen import say
 
+    if plots is not None:
+        from iterative_sft_cli.report.plots import write_plots
+
+        if out is not None:
+            raise ConfigError("--out names the page, which --plots does not write", expected="one of the two")
+        for path in write_plots(Run.open(run), plots):
+            echo(str(path))
+        return 0
     target = out or run / "report.html"
     size = write_report(Run.open(run), target)
     echo(str(target))
