@@ -53,26 +53,32 @@ def run(argv: Sequence[str]) -> int:
         return 0
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        print(f"isft: {name}{error.strerror or error}", file=sys.stderr)
+        complain(f"isft: {name}{error.strerror or error}")
         return EXIT_STORAGE
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of the vendored click
-            print(f"isft: {error.format_message()}", file=sys.stderr)
-            print("hint: `isft --help` lists the commands, `isft COMMAND --help` its options", file=sys.stderr)
+            complain(f"isft: {error.format_message()}")
+            complain("hint: `isft --help` lists the commands, `isft COMMAND --help` its options")
             return EXIT_CONFIG
         import traceback
 
-        traceback.print_exc()
-        print(f"isft: this is a bug in isft, not in your config ({type(error).__name__})", file=sys.stderr)
+        complain(traceback.format_exc().rstrip())
+        complain(f"isft: this is a bug in isft, not in your config ({type(error).__name__})")
         return EXIT_BUG
 
 
 def say_error(error: IsftError) -> None:
-    """Print an error to stderr, escaped, as one paragraph."""
+    """Print an error to stderr as one paragraph."""
+    text = error.render()
+    complain(text if isinstance(error, ConfigError) and error.problems else f"isft: {text}")
+
+
+def complain(text: str) -> None:
+    """A message on stderr, escaped and without secrets."""
+    from iterative_sft_cli.config.secrets import hide
     from iterative_sft_cli.console import safe_text
 
-    text = error.render()
-    print(safe_text(text if isinstance(error, ConfigError) and error.problems else f"isft: {text}"), file=sys.stderr)
+    print(safe_text(hide(text)), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

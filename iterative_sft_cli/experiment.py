@@ -17,6 +17,7 @@ from typing import Any
 
 from iterative_sft_cli import __version__
 from iterative_sft_cli.config import LoadedConfig, load_config
+from iterative_sft_cli.config.secrets import hide
 from iterative_sft_cli.console import Console, safe_text
 from iterative_sft_cli.errors import EXIT_OK, ConfigError, DataError, IsftError
 from iterative_sft_cli.filters import ResolvedFilter, resolve_filters
@@ -106,10 +107,10 @@ def run_experiment(
                 if isinstance(stages.view, TrackedView):
                     stages.view.finish()
         except IsftError as error:
-            run.outcome(error.exit_code, error.render(), command)
+            run.outcome(error.exit_code, hide(error.render()), command)
             raise
         except BaseException as error:
-            run.outcome(1, f"{type(error).__name__}: {error}", command)
+            run.outcome(1, hide(f"{type(error).__name__}: {error}"), command)
             raise
         run.outcome(EXIT_OK, "complete", after)
     say_last_lines(view, path, loaded)

@@ -6,6 +6,7 @@ hexadecimal key is only told from a commit hash by the name it stands under.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -63,6 +64,33 @@ def find_in_tree(value: Any, path: tuple[Step, ...] = ()) -> Iterator[tuple[tupl
         name = next((step for step in reversed(path) if isinstance(step, str)), "")
         if _SECRET_NAME.search(name) and _BARE_KEY.fullmatch(value):
             yield path, "a key or token"
+
+
+_SECRET_VARIABLE = re.compile(
+    r"key|token|secret|pass(?:word|wd|phrase)?$|pass_|credential|cookie|auth(?!or)", re.IGNORECASE
+)
+_PASSWORD = re.compile(r"://[^\s/@:\"']{0,100}:([^\s/@\"'{}$]{1,200})@")
+MIN_SECRET_CHARS = 8
+"""Shorter values are words such as `true`, and leaving them out would garble other text."""
+HIDDEN = "[hidden]"
+
+
+def secrets_of(environment: Mapping[str, str]) -> list[str]:
+    """What in an environment must not be shown: values under names such as HF_TOKEN, and passwords in addresses; longest first."""
+    found = set()
+    for name, value in environment.items():
+        if _SECRET_VARIABLE.search(name) and not value.startswith(("/", "~", "./")):
+            found.add(value)
+        found.update(_PASSWORD.findall(value))
+    return sorted((one for one in found if len(one) >= MIN_SECRET_CHARS), key=lambda one: (-len(one), one))
+
+
+def hide(text: str, names: Sequence[str] = ()) -> str:
+    """A message without secrets: what is shaped like one, and the values of this process's environment, those of `names` whatever they are."""
+    named = [os.environ[name] for name in names if len(os.environ.get(name, "")) >= 4]
+    for secret in sorted({*named, *secrets_of(os.environ)}, key=lambda one: (-len(one), one)):
+        text = text.replace(secret, HIDDEN)
+    return redact(text)
 
 
 def redact(text: str) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from iterative_sft_cli.config.schedule import Schedule
+from iterative_sft_cli.config.secrets import hide
 from iterative_sft_cli.errors import ConfigError, PluginError
 from iterative_sft_cli.filters.builtin.spec import Role
 from iterative_sft_cli.filters.contract import Shape, place_bare
 from iterative_sft_cli.filters.imports import ImportBroken, NotFound, load_target
 from iterative_sft_cli.filters.link import Died, Link, Watchdog
-from iterative_sft_cli.filters.pool import hide_values, start_message
+from iterative_sft_cli.filters.pool import start_message
 from iterative_sft_cli.filters.resolve import Location, ResolvedFilter, bind_scheduled, long_form, scalars
 from iterative_sft_cli.filters.wire import encode
 
@@ -66,20 +67,20 @@ def _describe(
             encode(message | {"describe": True, "candidates": json.loads(candidates), "distribution": distribution})
         )
         reply = link.receive()
-        tail = hide_values(link.take_tail(), env) if "failed" in reply else ""
+        tail = link.take_tail() if "failed" in reply else ""
     except Died as death:
-        tail = hide_values(link.take_tail(), env)
-        raise PluginError(f"importing {location} failed: {death}{_output(tail)}") from None
+        tail = link.take_tail()
+        raise PluginError(hide(f"importing {location} failed: {death}{_output(tail)}", env)) from None
     finally:
         link.close()
         watchdog.close()
     if "failed" not in reply:
         return json.dumps(reply)
     if reply["failed"] == "import":
-        raise PluginError(reply["message"] + _output(tail))
+        raise PluginError(hide(reply["message"] + _output(tail), env))
     if reply["failed"] == "shape":
-        raise ConfigError(f"it cannot be a filter: {reply['message']}")
-    raise ConfigError(reply["message"])
+        raise ConfigError(f"it cannot be a filter: {hide(reply['message'], env)}")
+    raise ConfigError(hide(reply["message"], env))
 
 
 def _output(tail: str) -> str:

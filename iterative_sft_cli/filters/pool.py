@@ -5,7 +5,6 @@ A task ends in outcomes or in a named error: filter, prompt, cause, and the last
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -14,17 +13,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from iterative_sft_cli import errors
+from iterative_sft_cli.config.secrets import hide
 from iterative_sft_cli.errors import IsftError, PluginError, StorageError
 from iterative_sft_cli.filters import processes
 from iterative_sft_cli.filters.contract import Outcome
 from iterative_sft_cli.filters.link import Died, Link, Watchdog
 from iterative_sft_cli.filters.resolve import Location, ResolvedFilter
-from iterative_sft_cli.filters.wire import HIDDEN, encode
-from iterative_sft_cli.filters.worker import MIN_SECRET
+from iterative_sft_cli.filters.wire import encode
 from iterative_sft_cli.types import Verdict
 
 DEPTH = 16
 """Samples sent ahead to a worker, so that it never waits for us; only the first of them is under its time limit."""
+
+HUNG = "(timeout_s)"
+"""Stands in the cause of a call that was ended because it took too long."""
 
 
 @dataclass(slots=True)
@@ -105,27 +107,31 @@ class WorkerPool:
             task.future.set_exception(self.error("was not asked", "another sample failed before", ""))
 
     def failed(self, task: Task, cause: str, tail: str, explained: IsftError | None = None) -> None:
-        """Apply `on_error` to a call that failed."""
+        """Apply `on_error` to a call that failed; one that hung is tried once more unless its sample may be dropped."""
         current = task.era == self._era and not self._closed
-        if self.one.on_error == "retry" and task.attempts <= 0 and current:
+        hung = HUNG in cause
+        again = self.one.on_error == "retry" or (hung and self.one.on_error == "fail")
+        if again and task.attempts <= 0 and current:
             task.attempts, task.outcomes = 1, []
             with self._changed:
                 self._tasks.appendleft(task)
                 self._changed.notify()
         elif self.one.on_error == "drop" and explained is None:
-            reason = "timeout" if "timeout_s" in cause else "plugin_error"
-            verdict = Verdict(False, None, reason, {"error": cause[:300]})
+            reason = "timeout" if hung else "plugin_error"
+            verdict = Verdict(False, None, reason, {"error": hide(cause, self.one.env)[:300]})
             task.future.set_result([Outcome(verdict)] * task.count)
         else:
+            if hung and task.attempts > 0:
+                cause += ", twice"
             task.future.set_exception(explained or self.error(f"failed on {task.subject}", cause, tail))
 
     def error(self, what: str, cause: str, tail: str) -> PluginError:
         """The named error of this filter."""
         text = f"the filter `{self.one.name}` {what}: {cause}"
         if tail:
-            text += f"\nits last output:\n{hide_values(tail, self.one.env)}"
+            text += f"\nits last output:\n{tail}"
         hint = "`isft filters test` runs it over stored samples" if not self.one.builtin else None
-        return PluginError(text, where=f"{self.one.key}: {self.one.use}", hint=hint)
+        return PluginError(hide(text, self.one.env), where=f"{self.one.key}: {self.one.use}", hint=hint)
 
     def break_down(self, error: IsftError) -> None:
         """The filter cannot be started at all: every call fails with `error`."""
@@ -288,7 +294,7 @@ class Worker:
             except Died as death:
                 tail = link.take_tail()
                 self._discard()
-                if attempt == 2 or "startup_timeout_s" in str(death):
+                if attempt == 2:
                     raise self.pool.error("did not start", str(death), tail) from None
                 continue
             link.watch(None)
@@ -301,15 +307,6 @@ class Worker:
         link, self._link = self._link, None
         if link is not None:
             link.close()
-
-
-def hide_values(text: str, names: Sequence[str]) -> str:
-    """What a plug-in printed, without the values of the environment variables it was given."""
-    for name in names:
-        value = os.environ.get(name, "")
-        if len(value) >= MIN_SECRET:
-            text = text.replace(value, HIDDEN)
-    return text
 
 
 def start_message(location: Location, scratch: str, env: Sequence[str]) -> dict[str, Any]:

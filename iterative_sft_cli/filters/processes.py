@@ -6,6 +6,7 @@ A worker leads a session of its own; ending it ends all that it started, also wh
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 import subprocess
@@ -46,7 +47,13 @@ _PAGE = os.sysconf("SC_PAGE_SIZE") if POSIX else 4096
 
 def environment(passed: Sequence[str], *, device: str | None, threads: int | None, mark: str) -> dict[str, str]:
     """The environment of a worker: the allowed names, those the filter lists, fixed hashing, no GPU unless it has one."""
-    env = {name: os.environ[name] for name in (*ALLOWED, *passed) if name in os.environ}
+    # not in the workers, which import this module too
+    from iterative_sft_cli.config.secrets import secrets_of
+
+    env = {name: os.environ[name] for name in ALLOWED if name in os.environ}
+    # an address such as HF_ENDPOINT may hold a password; one that is listed is passed on all the same
+    env = {name: value for name, value in env.items() if not secrets_of({name: value})}
+    env |= {name: os.environ[name] for name in passed if name in os.environ}
     env |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false", MARK: mark}
     if threads is not None:
         env |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -88,6 +95,21 @@ def limit(data_bytes: str) -> None:
         with contextlib.suppress(OSError, AttributeError):
             # PR_SET_PDEATHSIG; the thread that starts a worker lives as long as the worker
             ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+
+
+def tell_stacks_when_asked() -> None:
+    """In the worker: print every thread's stack when `ask_for_stacks` asks, also in the middle of a call into C."""
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+
+
+def ask_for_stacks(process: subprocess.Popen[bytes]) -> bool:
+    """Ask a worker where it stands; False where that cannot be asked."""
+    if not hasattr(faulthandler, "register") or process.poll() is not None:
+        return False
+    with contextlib.suppress(OSError):
+        process.send_signal(signal.SIGUSR1)
+    return True
 
 
 def _lower(what: int, value: int) -> None:

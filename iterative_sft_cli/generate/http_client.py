@@ -51,7 +51,7 @@ def _answer(
         connection.request(method, path, data, {"Content-Type": "application/json", **headers})
         response = connection.getresponse()
         if response.status >= 400:
-            text = response.read(2000).decode("utf-8", "replace")
+            text = _without_keys(response.read(2000).decode("utf-8", "replace"), headers)
             wait = response.headers.get("Retry-After", "")
             raise ServerError(
                 f"{where} answered {response.status}: {text[:500]}",
@@ -67,6 +67,15 @@ def _answer(
         connection.close()
 
 
+def _without_keys(text: str, headers: Mapping[str, str]) -> str:
+    """What a server said, without what we sent it in `headers`: some repeat the key that they refuse."""
+    for value in headers.values():
+        for part in value.split():
+            if len(part) > 3 and part != "Bearer":
+                text = text.replace(part, "[hidden]")
+    return text
+
+
 def request_json(
     method: str, url: str, body: Any = None, *, headers: Mapping[str, str] | None = None, timeout_s: float = 60.0
 ) -> Any:
@@ -78,7 +87,8 @@ def request_json(
     try:
         return json.loads(raw)
     except ValueError as error:
-        raise ServerError(f"{method} {url}: the answer is not JSON: {raw[:200]!r}", status=502) from error
+        text = _without_keys(raw[:2000].decode("utf-8", "replace"), headers or {})[:200]
+        raise ServerError(f"{method} {url}: the answer is not JSON: {text!r}", status=502) from error
 
 
 def stream_json(
@@ -97,6 +107,6 @@ def stream_json(
             except ValueError as error:
                 raise ServerError(f"the stream held something else than JSON: {data[:200]!r}", status=502) from error
             if isinstance(event, dict) and "error" in event:
-                raise ServerError(f"the server reports {event['error']}", status=500)
+                raise ServerError(f"the server reports {_without_keys(str(event['error']), headers or {})}", status=500)
             yield event
     raise ServerError("the stream broke off")

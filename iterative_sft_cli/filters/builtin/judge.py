@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
+from iterative_sft_cli.config.secrets import hide
 from iterative_sft_cli.errors import DataError, PluginError
 from iterative_sft_cli.filters.builtin.spec import BuiltIn
 from iterative_sft_cli.types import Sample, Verdict, derive_seed
@@ -210,7 +211,7 @@ class judge:
             )
         except (OSError, http.client.HTTPException, ValueError) as error:
             return None, f"{type(error).__name__}: {str(error)[:200]}", 0.0
-        problem = f"status {status}: {text[:200]}"
+        problem = f"status {status}: {self._without_key(text)[:200]}"
         if status in RETRY_STATUS:
             return None, problem, float(asked) if asked is not None and asked.isdigit() else 0.0
         hint = "check `model` and `base_url`"
@@ -235,10 +236,14 @@ class judge:
         fields: dict[str, Any] = value if isinstance(value, dict) else {}
         score: Any = fields.get("score")
         if type(score) not in (int, float):
-            raise ValueError(f"{text[:100]!r} has no number `score`")
+            raise ValueError(f"{self._without_key(text)[:100]!r} has no number `score`")
         if not self._low <= score <= self._high:
             raise ValueError(f"the score {score} is outside {self._low:g} to {self._high:g}")
-        return float(score), str(fields.get("reason", ""))
+        return float(score), self._without_key(str(fields.get("reason", "")))
+
+    def _without_key(self, text: str) -> str:
+        """What a server said: one that repeats the key must not bring it to the screen or into the run."""
+        return hide(text, [self._api_key_env] if self._api_key_env else [])
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
