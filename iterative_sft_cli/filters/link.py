@@ -51,6 +51,7 @@ class Link:
         self._limit_text = ""
         self._cause: str | None = None
         self._printed = 0
+        self._stacks = False
         self._tail = bytearray()
         self._lock = threading.Lock()
         self._closed = False
@@ -103,7 +104,7 @@ class Link:
     def receive(self) -> dict[str, Any]:
         """The next reply. Raises Died."""
         reply = self._frames.get()
-        if isinstance(reply, dict):
+        if isinstance(reply, dict) and self._cause is None:
             return reply
         if self._cause is None and isinstance(reply, Died):
             raise reply
@@ -134,8 +135,20 @@ class Link:
         self._frames.put(None)
 
     def check_limit(self) -> None:
-        """End the worker because it is overdue."""
-        self.kill(self._limit_text or "it took too long")
+        """End the worker because it is overdue, once it has said where it stands (if it still can)."""
+        cause = self._limit_text or "it took too long"
+        with self._lock:
+            # an answer from here on comes too late, also one that our question has shaken loose
+            self._cause = self._cause or cause
+        printed = self._printed
+        if processes.ask_for_stacks(self.process):
+            for _ in range(20):
+                time.sleep(0.01)
+                if printed == self._printed > 0:
+                    break
+                printed = self._printed
+            self._stacks = True
+        self.kill(cause)
 
     def peek(self) -> bytes:
         """The last bytes that were printed, once the reader has caught up."""
@@ -144,10 +157,11 @@ class Link:
         return bytes(self._tail)
 
     def take_tail(self) -> str:
-        """The last lines that were printed, and forget them."""
+        """The last lines that were printed (more when the stacks are among them), and forget them."""
         text = self.peek().decode("utf-8", "replace").strip()
         self._tail = bytearray()
-        return "\n".join(text.splitlines()[-12:])[-1500:]
+        lines, size = (40, TAIL_BYTES) if self._stacks else (12, 1500)
+        return "\n".join(text.splitlines()[-lines:])[-size:]
 
     def close(self) -> None:
         """End the process, wait for it, and remove its folder."""

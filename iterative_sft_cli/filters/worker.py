@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from iterative_sft_cli.filters import processes
 from iterative_sft_cli.filters.context import Context
 from iterative_sft_cli.filters.contract import (
     ContractBreach,
@@ -154,6 +155,7 @@ def take_pipes() -> tuple[BinaryIO, BinaryIO]:
 def main() -> None:
     """Answer requests until the other side closes the pipe."""
     requests, replies = take_pipes()
+    processes.tell_stacks_when_asked()
     start = read_frame(requests)
     if start is None:
         return

@@ -196,6 +196,33 @@ def test_the_last_output_stands_in_the_error(samples: list[Sample]) -> None:
     assert "its last output:\nabout to fail on 1-p1-1" in caught.value.what
 
 
+@pytest.mark.parametrize("name", ["hangs_in_python", "hangs_asleep", "hangs_in_c", "deadlocks"])
+def test_a_hung_filter_is_tried_twice_and_its_stacks_are_shown(name: str, samples: list[Sample]) -> None:
+    with pytest.raises(PluginError) as caught:
+        run(plugin(name, timeout_s=0.3), samples)
+    assert "it took longer than 0.3 s (timeout_s), twice\nits last output:\n" in caught.value.what
+    assert f"in {name}" in caught.value.what and "misbehaving.py" in caught.value.what
+
+
+def test_a_filter_that_hangs_once_changes_nothing(tmp_path: Path, make_sample: Callable[..., Sample]) -> None:
+    marker = tmp_path / "hung"
+    code = tmp_path / "sleepy.py"
+    code.write_text(
+        "import pathlib, time\n"
+        "def sleepy(sample):\n"
+        f"    marker = pathlib.Path({str(marker)!r})\n"
+        "    if not marker.exists():\n"
+        "        marker.write_text('')\n"
+        "        time.sleep(60)\n"
+        "    return True\n"
+    )
+    namespace: dict[str, Any] = {}
+    exec(code.read_text(), namespace)
+    shape = inspect_filter(namespace["sleepy"])
+    one = plugin("raises", location=Location("sleepy", path=str(code)), shape=shape, name="sleepy", timeout_s=0.3)
+    assert run(one, [make_sample()])[0].keep is True and marker.exists()
+
+
 def test_on_error_drop_keeps_the_others_and_gives_no_score(samples: list[Sample]) -> None:
     says = run(plugin("raises", on_error="drop"), samples)
     assert [one.keep for one in says] == [True, False, True]
