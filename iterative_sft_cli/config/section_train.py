@@ -123,7 +123,7 @@ class ParallelConfig(Section):
     """How training is spread over processes. A text instead of a mapping is its `type`."""
 
     type: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
-    """auto: one process alone, ddp over several where the model fits, else fsdp2."""
+    """ddp: a whole copy on each process; fsdp2: parameters, gradients and optimizer cut into a piece each; auto is ddp."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the strategy, in accelerate's words."""
 

@@ -16,9 +16,6 @@ from iterative_sft_cli.ranks.wire import from_rows
 from iterative_sft_cli.train.base import Learner, TrainOutOfMemory
 from iterative_sft_cli.types import TrainRow
 
-STEP_MEETINGS = 2
-"""Doors of a step: the counts of its rows, and its gradients. A rank that failed before one brings its problem there."""
-
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -90,7 +87,7 @@ class RankedLearner:
             self._link.meet()
         else:
             part: Any = self._local
-            stats = take_part(self._link, lambda: part.step_part(parts[0], step_index, micro_batch_tokens))
+            stats = take_part(self._link, part, lambda: part.step_part(parts[0], step_index, micro_batch_tokens))
         self._link.sweep()
         return stats
 
@@ -104,8 +101,8 @@ class RankedLearner:
 
     def save(self, folder: Path, *, state: bool) -> None:
         """Write the folder; what lies on other ranks is gathered first."""
-        gather: Any = getattr(self._local, "gather", None)
-        if gather is not None:
+        if getattr(self._local, "gathers", False):
+            gather: Any = self._local.gather  # type: ignore[attr-defined]
             self._link.command("gather", state=state)
             self._together(lambda: gather(state=state))
         self._local.save(folder, state=state)
@@ -113,7 +110,7 @@ class RankedLearner:
     def offload(self) -> None:
         """Free what generation does not need, on every rank."""
         self._link.command("offload")
-        self._local.offload()
+        self._together(self._local.offload)
 
     def reload(self) -> None:
         """Undo `offload`."""
@@ -130,8 +127,11 @@ class RankedLearner:
             raise self._link.blame(error) from error
 
 
-def take_part(link: Link, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """This rank's part of a step. A problem here is brought to the next meeting, so that no rank takes the step."""
+def take_part(link: Link, learner: Any, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """This rank's part of a step, which meets the others `learner.doors` times.
+
+    A problem before the last meeting is brought to the next one, so that no rank takes the step.
+    """
     before = link.meetings
     try:
         return call()
@@ -140,7 +140,7 @@ def take_part(link: Link, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except RankError:
         raise
     except Exception as error:
-        if link.meetings - before < STEP_MEETINGS:
+        if link.meetings - before < learner.doors:
             with contextlib.suppress(MeetingFailed):
                 # where a collective broke because a rank has died, nobody comes: that rank is named here
                 link.meet(problem_of(error))

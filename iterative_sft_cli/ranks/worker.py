@@ -136,7 +136,7 @@ class Worker:
             self.link.meet()
             return
         try:
-            take_part(self.link, lambda: self.learner.step_part(to_rows(part), at, micro))
+            take_part(self.link, self.learner, lambda: self.learner.step_part(to_rows(part), at, micro))
         except (Ended, RankError):
             raise
         except Exception:

@@ -28,6 +28,7 @@ TOPICS = (
     "recipes",
     "resuming",
     "gpus",
+    "several-gpus",
     "on-disk",
     "statistics",
     "migrating",

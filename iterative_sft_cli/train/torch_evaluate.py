@@ -15,6 +15,7 @@ from torch.nn import functional
 from iterative_sft_cli.train import torch_ranks, torch_rows
 from iterative_sft_cli.train.torch_core import TrainCore
 from iterative_sft_cli.train.torch_inputs import InputReader
+from iterative_sft_cli.train.torch_sharded import PieceWeights
 from iterative_sft_cli.types import TrainRow
 
 
@@ -67,9 +68,10 @@ def evaluate(
     """`loss`: mean nll over all trained tokens; and what `compute_metrics` says of an `EvalPrediction` over all rows."""
     form = core.row_format()
     wanted = compute_metrics is not None
+    alike = wanted or isinstance(core.weights, PieceWeights)  # every rank passes over every row
     mine = (
         list(rows)
-        if wanted
+        if alike
         else torch_rows.share(rows, torch_ranks.rank(), torch_ranks.size(), form.is_encoder_decoder)
     )
     total, count = torch.zeros((), dtype=torch.float64, device=core.device), 0
@@ -97,7 +99,7 @@ def evaluate(
                 predictions.append(_to_host(shown))
             total -= logprobs.double().sum()
             count += int(targets.numel())
-    if not wanted:
+    if not alike:
         count = torch_ranks.sum_ints([count], core.device)[0]
         torch_ranks.sum_tensor(total)
     found: dict[str, float] = {"loss": float(total) / max(1, count)}

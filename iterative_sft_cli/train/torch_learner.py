@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iterative_sft_cli.errors import ConfigError
-from iterative_sft_cli.train import torch_optim, torch_ranks, torch_state
+from iterative_sft_cli.train import torch_optim, torch_ranks, torch_sharded, torch_state
 from iterative_sft_cli.train.torch_core import TrainCore
 from iterative_sft_cli.train.torch_rows import share
 from iterative_sft_cli.train.torch_settings import Schedule, settings_from_section
@@ -25,8 +25,8 @@ STATE = "state"
 
 def _check_parallel(parallel: Any) -> None:
     kind = parallel if isinstance(parallel, str) else getattr(parallel, "type", "auto")
-    if kind not in ("auto", "ddp"):
-        raise ConfigError(f"{kind} is not supported yet", where="train.parallel", expected="auto or ddp")
+    if kind not in ("auto", "ddp", "fsdp2"):
+        raise ConfigError(f"{kind} is not supported yet", where="train.parallel", expected="auto, ddp or fsdp2")
     options = getattr(parallel, "options", None)
     if options:
         raise ConfigError(f"{kind} takes no options, got {', '.join(options)}", where="train.parallel.options")
@@ -52,6 +52,9 @@ class TorchLearner:
         self._seed = 0
         self.heartbeat: Callable[[int], None] = lambda _tokens: None
         self._away: tempfile.TemporaryDirectory[str] | None = None
+        parallel = getattr(section, "parallel", None)
+        self._cut = (parallel if isinstance(parallel, str) else getattr(parallel, "type", "auto")) == "fsdp2"
+        self._state: torch_sharded.Whole | None = None
 
     def load_weights(self, folder: Path | None, *, round_index: int = 0) -> None:
         """Take the weights in `folder`, or when None the base model's (an adapter: this round's fresh one); fresh optimizer."""
@@ -67,7 +70,10 @@ class TorchLearner:
 
     def load_state(self, folder: Path) -> None:
         """Take masters and optimizer from `folder/state`, exactly as they were saved."""
-        torch_state.load_state(self.core, folder / STATE)
+        if isinstance(self.core, torch_sharded.ShardedCore):
+            self._state = self.core.read_state(folder / STATE)
+        else:
+            torch_state.load_state(self.core, folder / STATE)
 
     def begin(self, settings: Any, num_steps: int, *, seed: int, keep_optimizer: bool) -> None:
         """Start a pass of `num_steps` steps with the `train` section of this round."""
@@ -103,12 +109,17 @@ class TorchLearner:
         optimizer, weights = self.core.optimizer, self.core.weights
         assert optimizer is not None
         tensors, scalars = torch_optim.state_tensors(optimizer, weights.names, weights.masters)
+        if self._state is not None:
+            tensors, scalars = self._state[2], self._state[0].get("scalars", {})
         kinds = [[name, str(one.dtype).removeprefix("torch."), list(one.shape)] for name, one in tensors.items()]
         return {"tensors": kinds, "scalars": scalars}
 
     @torch.no_grad()
     def spread(self, state: dict[str, Any] | None) -> None:
         """Take rank 0's trained parameters, with its optimizer's state where `state` describes one, else with a fresh one."""
+        if self._cut:
+            self._spread_pieces(state)
+            return
         weights = self.core.weights
         torch_ranks.broadcast([master.data for master in weights.masters])
         weights.publish()
@@ -133,6 +144,43 @@ class TorchLearner:
         if torch_ranks.rank():
             torch_optim.load_state_tensors(optimizer, weights.names, weights.masters, tensors, state["scalars"])
 
+    def _spread_pieces(self, state: dict[str, Any] | None) -> None:
+        """The same when every rank holds a piece; the first call cuts the model."""
+        if not isinstance(self.core, torch_sharded.ShardedCore):
+            loaded = self.loaded
+            self.core = torch_sharded.ShardedCore(
+                loaded.model,
+                self.core.settings,
+                compute_dtype=loaded.compute_dtype,
+                device=self.core.device,
+                # what generation computes in and what is saved, where that is one type
+                whole_dtype=loaded.base_dtype
+                if loaded.base_dtype == loaded.compute_dtype and not loaded.has_adapter
+                else None,
+            )
+        if state is None:
+            self.core.from_whole()
+            self.core.fresh_optimizer()
+            return
+        self.core.take_state(state["tensors"], state["scalars"], self._state)
+        self._state = None
+
+    @property
+    def doors(self) -> int:
+        """How often a step meets the other ranks: over its counts and its gradients, and before each pass of a cut model."""
+        return int(getattr(self.core, "doors", 2))
+
+    @property
+    def gathers(self) -> bool:
+        """Whether `gather` comes before `save`."""
+        return isinstance(self.core, torch_sharded.ShardedCore)
+
+    def gather(self, *, state: bool) -> None:
+        """Put together on rank 0 what lies on all ranks."""
+        assert isinstance(self.core, torch_sharded.ShardedCore)
+        self.core.to_whole()
+        self._state = self.core.gather_state() if state else None
+
     def loss(self, rows: Sequence[TrainRow]) -> float:
         """Mean nll a trained token of `rows` under the live weights, in nats; nothing changes."""
         from iterative_sft_cli.train.torch_evaluate import evaluate
@@ -148,11 +196,17 @@ class TorchLearner:
         model.save_pretrained(self.loaded, folder)
         if state:
             (folder / STATE).mkdir()
-            torch_state.save_state(self.core, folder / STATE, {})
+            if self._state is not None:
+                torch_sharded.write_state(folder / STATE, self._state)
+                self._state = None
+            else:
+                torch_state.save_state(self.core, folder / STATE, {})
 
     def offload(self) -> None:
         """Free the compute copies, and move the optimizer's state to where `train.offload` says."""
         self.core.free_scratch()
+        if isinstance(self.core, torch_sharded.ShardedCore):
+            self.core.to_whole()
         mode = getattr(self.section, "offload", "auto") or "auto"
         on_host = self.core.device.type == "cpu"
         if mode == "none" or (mode in ("auto", "host") and on_host) or self._away is not None:

@@ -25,7 +25,8 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
-def _meet() -> None:
+def meet() -> None:
+    """Return when every rank has come here, where somebody sees to that."""
     if door is not None:
         door()
 
@@ -34,7 +35,7 @@ def sum_ints(values: Sequence[int], device: torch.device) -> list[int]:
     """Each value summed over ranks."""
     if size() == 1:
         return list(values)
-    _meet()
+    meet()
     tensor = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(tensor)
     return [int(value) for value in tensor]
@@ -44,7 +45,7 @@ def gather_ints(values: Sequence[int], device: torch.device) -> list[list[int]]:
     """Every rank's values, by rank; all ranks pass equally many."""
     if size() == 1:
         return [list(values)]
-    _meet()
+    meet()
     mine = torch.tensor(values, dtype=torch.int64, device=device)
     every = [torch.empty_like(mine) for _ in range(size())]
     dist.all_gather(every, mine)
@@ -65,7 +66,7 @@ def sum_gradients(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> lis
     full = [
         torch.zeros_like(p, dtype=torch.float32) if g is None else g.float() for g, p in zip(grads, like, strict=True)
     ]
-    _meet()
+    meet()
     works = [dist.all_reduce(grad, async_op=True) for grad in full]
     for work in works:
         work.wait()
@@ -75,6 +76,6 @@ def sum_gradients(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> lis
 def broadcast(tensors: Sequence[Tensor]) -> None:
     """Rank 0's values everywhere."""
     if size() > 1:
-        _meet()
+        meet()
         for tensor in tensors:
             dist.broadcast(tensor, 0)

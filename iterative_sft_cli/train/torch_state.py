@@ -42,7 +42,7 @@ def save_state(core: TrainCore, folder: Path, extra: dict[str, Any]) -> None:
     (folder / TRAINER).write_text(json.dumps(record, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     read_headers([path])
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -51,9 +51,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise DataError(f"cannot be read: {error}", where=str(path)) from None
 
 
-@torch.no_grad()
-def load_state(core: TrainCore, folder: Path) -> dict[str, Any]:
-    """Put back what `save_state` wrote; returns the JSON record. Raises DataError naming what does not fit."""
+def read_record(folder: Path, optimizer: str) -> dict[str, Any]:
+    """The JSON record of a state. Raises DataError when it is none, or another optimizer's."""
     try:
         record = json.loads((folder / TRAINER).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -62,15 +61,22 @@ def load_state(core: TrainCore, folder: Path) -> dict[str, Any]:
         raise DataError(
             "not a trainer state this version reads", where=str(folder / TRAINER), expected=f"format {FORMAT}"
         )
-    assert core.optimizer is not None
-    if record.get("optimizer") != type(core.optimizer).__name__:
+    if record.get("optimizer") != optimizer:
         raise DataError(
             f"state of {record.get('optimizer')}",
             where=str(folder / TRAINER),
-            expected=type(core.optimizer).__name__,
+            expected=optimizer,
         )
+    return record
+
+
+@torch.no_grad()
+def load_state(core: TrainCore, folder: Path) -> dict[str, Any]:
+    """Put back what `save_state` wrote; returns the JSON record. Raises DataError naming what does not fit."""
+    assert core.optimizer is not None
+    record = read_record(folder, type(core.optimizer).__name__)
     weights = core.weights
-    masters = _read(folder / MASTERS)
+    masters = read_tensors(folder / MASTERS)
     if set(masters) != set(weights.names):
         odd = sorted(set(masters) ^ set(weights.names))
         raise DataError(f"parameters differ from the model's: {', '.join(odd[:3])}", where=str(folder / MASTERS))
@@ -81,7 +87,7 @@ def load_state(core: TrainCore, folder: Path) -> dict[str, Any]:
                 where=str(folder / MASTERS),
                 expected=f"{master.dtype} {tuple(master.shape)}",
             )
-    tensors = _read(folder / OPTIMIZER)
+    tensors = read_tensors(folder / OPTIMIZER)
     for name, master in zip(weights.names, weights.masters, strict=True):
         master.copy_(masters[name])
     weights.publish()

@@ -78,3 +78,29 @@ def test_a_step_that_a_signal_cuts_short_is_taken_on_no_rank(forks, tmp_path, ti
     assert {k: v for k, v in left.items() if "checkpoints" in k} == {
         k: v for k, v in right.items() if "checkpoints" in k
     }
+
+
+FSDP = {"train": {"parallel": "fsdp2"}}
+
+
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
+def test_pieces_learn_what_one_process_learns(forks, tmp_path, tiny_model, changes, said):
+    """fsdp2, in small micro-batches of which the ranks have different numbers; state goes to one process and on."""
+    small = {**changes, "train": {"micro_batch_tokens": 40}}
+    cut = {**changes, "train": {"micro_batch_tokens": 40, "parallel": "fsdp2"}}
+    one = write_tiny(tmp_path, "run1", tiny_model, **small)
+    two = write_tiny(tmp_path, "run2", tiny_model, **cut)
+    assert forks.run(tmp_path, 1, "train", str(one)) == [0], said(0)
+    assert forks.run(tmp_path, 2, "train", str(two), "rounds=1", **QUICK) == [0, 0], said(0)
+    assert forks.run(tmp_path, 2, "train", str(two), **QUICK) == [0, 0], said(0) + said(1)
+    left, right = steps(tmp_path / "run1"), steps(tmp_path / "run2")
+    for a, b in zip(left, right, strict=True):
+        for key in ("learning_rate", "num_samples", "num_tokens", "num_trained_tokens"):
+            assert a[key] == b[key]
+        assert abs(a["loss"] - b["loss"]) < 1e-4
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-3 * a["grad_norm"]
+    first, second = weights_of(tmp_path / "run1", "0002"), weights_of(tmp_path / "run2", "0002")
+    for name, value in first.items():
+        np.testing.assert_allclose(second[name], value, rtol=1e-4, atol=2e-5)
+    assert forks.run(tmp_path, 1, "train", str(two), "rounds=3") == [0], said(0)
+    assert len(steps(tmp_path / "run2")) > len(right)
