@@ -22,6 +22,7 @@ from iterative_sft_cli.train import (
     torch_blocks,
     torch_head,
     torch_memory,
+    torch_native,
     torch_noise,
     torch_norms,
     torch_optim,
@@ -372,6 +373,8 @@ class TrainCore:
         present = [grad for grad in grads if grad is not None]
         if not present:
             return 0.0
+        if all(torch_native.offered(grad, 16) and grad.is_contiguous() for grad in present):
+            return math.sqrt(sum(torch_native.squares(grad) for grad in present))
         norms = torch._foreach_norm(present, 2, dtype=torch.float32)
         return float(torch.linalg.vector_norm(torch.stack([norm.to(self.device) for norm in norms])))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from iterative_sft_cli.train import torch_native
 
-_CHUNK = 256
+_CHUNK = 512
 """Tokens whose logits are made in one matrix product."""
 _SLICE = 32
 """Tokens whose logits are normalised at once, in fp32; few enough to stay in the cache."""

@@ -17,6 +17,7 @@ from iterative_sft_cli.native import load
 
 _VERSION = 1
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_SHARE = 65536
 _PARTS = 16
 """Shares of rows whose sums are added up last: a constant, so that results do not depend on the number of threads."""
 
@@ -127,6 +128,13 @@ def attend_back(
     if _call("isft_attend_back", tasks, len(tasks), line, *shape, out, logs, total, up.contiguous(), grad):
         raise MemoryError("attention")
     return grad
+
+
+def squares(grad: Tensor) -> float:
+    """The sum of the squares of a float32 or bfloat16 gradient that lies in one piece."""
+    parts = torch.empty(-(-grad.numel() // _SHARE), dtype=torch.float64)
+    _call("isft_squares", grad, int(grad.dtype == torch.bfloat16), grad.numel(), parts)
+    return float(parts.sum())
 
 
 def adamw(

@@ -141,6 +141,15 @@ def test_softmax_in_place(dtype: torch.dtype, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_gradients(dtype: torch.dtype) -> None:
+    for count in (1, 15, 16, 70_001, 200_000):
+        grad = numbers(count, dtype=dtype)
+        assert torch_native.squares(grad) == pytest.approx(float(grad.double().square().sum()), rel=1e-5)
+    grad[3] = float("inf")
+    assert torch_native.squares(grad) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_is_torchs(dtype: torch.dtype) -> None:
     shapes = [(70_001,), (3, 5), (64, 64)]
     options = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}

@@ -1,4 +1,4 @@
-/* AdamW as torch's fused one computes it, reading the gradient in the type that it is in. */
+/* AdamW as torch's fused one computes it, and the norm of gradients, which are read in the type that they are in. */
 
 #include "vectors.h"
 
@@ -29,5 +29,27 @@ EXPORT void isft_adamw(
             square[i] = square[i] * large + g * g * (1.0f - large);
             weight[i] = weight[i] * keep - mean[i] * step / (__builtin_sqrtf(square[i]) * root + epsilon);
         }
+    }
+}
+
+/* The sum of squares, in an order that does not depend on the number of threads. `parts` holds a number for each 65,536. */
+EXPORT void isft_squares(const void *grad, int64_t half, int64_t count, double *parts) {
+#pragma omp parallel for schedule(static) if (count > SHARE)
+    for (int64_t part = 0; part < (count + SHARE - 1) / SHARE; part++) {
+        int64_t start = part * SHARE, end = start + SHARE < count ? start + SHARE : count, whole = start + (end - start) / 16 * 16;
+        double total = 0.0;
+        for (int64_t low = start; low < whole; low += 1024) {
+            f16 squares = all(0.0f);
+            for (int64_t i = low; i < whole && i < low + 1024; i += 16) {
+                f16 g = half ? load_bf16((const bf16 *)grad + i) : load_float((const float *)grad + i);
+                squares += g * g;
+            }
+            total += sum(squares);
+        }
+        for (int64_t i = whole; i < end; i++) {
+            float g = half ? to_float(((const bf16 *)grad)[i]) : ((const float *)grad)[i];
+            total += (double)g * g;
+        }
+        parts[part] = total;
     }
 }

@@ -103,7 +103,7 @@ EXPORT void NAME(isft_softmax_)(
         float high = largest(top), rest = 0.0f;
         for (int64_t i = whole; i < width; i++) {
             float v = ONE(x[i]);
-            high = v > high || v != v ? v : high;
+            high = v > high ? v : high;
         }
         for (int64_t i = 0; i < whole; i += 16) mass += power2((LOAD(x + i) - high) * LOG2E);
         for (int64_t i = whole; i < width; i++) rest += __builtin_expf(ONE(x[i]) - high);

@@ -79,12 +79,11 @@ static inline f16 choose(i16 mask, f16 yes, f16 no) {
     return yes;
 }
 
-/* NaN of either stays. */
-static inline f16 larger(f16 a, f16 b) { return choose((a > b) | (a != a), a, b); }
+static inline f16 larger(f16 a, f16 b) { return choose(a > b, a, b); }
 
 static inline float largest(f16 v) {
     float top = v[0];
-    for (int i = 1; i < 16; i++) top = v[i] > top || v[i] != v[i] ? v[i] : top;
+    for (int i = 1; i < 16; i++) top = v[i] > top ? v[i] : top;
     return top;
 }
 
