@@ -43,6 +43,9 @@ def refusal(model: Any) -> str | None:
             return "a projection is not a plain linear layer"
         if getattr(attention, "sliding_window", None) is not None:
             return "it attends within a window"
+        if not getattr(attention, "use_rope", True):
+            # where most tokens were never trained the probe alone cannot tell
+            return "a layer has no rotary embedding"
     norms = [
         model.model.norm,
         *(n for la in model.model.layers for n in (la.input_layernorm, la.post_attention_layernorm)),

@@ -13,6 +13,7 @@ from helpers_generate import engine_of, requests_of, run
 
 from iterative_sft_cli.generate.embedded_lean import LeanDecoder
 from iterative_sft_cli.generate.embedded_module import ModuleDecoder
+from iterative_sft_cli.generate.embedded_probe import rows_of
 from iterative_sft_cli.generate.embedded_shard import common_prefix
 from iterative_sft_cli.types import EOS, LENGTH, Decoding, Request, derive_seed
 
@@ -129,6 +130,27 @@ def test_greedy_equals_generate_token_by_token(name: str, penalty: float) -> Non
             assert list(got[request.prompt_id, k].token_ids) == expected
             assert got[request.prompt_id, k].finish_reason == LENGTH
     assert len({token for completion in got.values() for token in completion.token_ids}) > 3
+
+
+def test_layers_without_rotary_embedding_stay_without_it_where_the_probe_is_blind() -> None:
+    """A model that was trained on few tokens only: the probe asks others, of which it knows nothing."""
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    config = SmolLM3Config(
+        vocab_size=tiny.VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, no_rope_layers=[0, 0], use_sliding_window=False,
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = sharper(tiny._seeded(SmolLM3ForCausalLM, config, 1))
+    asked = {token for row in rows_of(tiny.VOCAB_SIZE) for token in row}
+    known = [token for token in range(3, tiny.VOCAB_SIZE) if token not in asked]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[sorted(asked)] = 0
+    engine = engine_of(model)
+    assert type(engine._decoder) is ModuleDecoder
+    request = Request("p", "", tuple(known[:12]), (0,), (1,))
+    got = run(engine, [request], Decoding(do_sample=False, max_new_tokens=20))
+    assert list(got["p", 0].token_ids) == by_generate(model, request, 20)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
