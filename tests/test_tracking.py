@@ -1,9 +1,18 @@
 """Trackers get every round's numbers and samples; one that fails costs the run nothing."""
 
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
-from test_loop import run
+from test_loop import rows, run
 
 from iterative_sft_cli.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_tensorboard_holds_every_rounds_numbers_and_samples(toy, tmp_path):
@@ -20,12 +29,34 @@ def test_tensorboard_holds_every_rounds_numbers_and_samples(toy, tmp_path):
     assert texts and b"accepted:" in events.Tensors(texts[0])[0].tensor_proto.string_val[0]
 
 
-def test_trackio_works_without_a_network(toy, tmp_path, monkeypatch):
+def test_trackio_holds_every_round_and_needs_no_network(toy, tmp_path):
     pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    outcome, screen = run(toy(rounds=1, tracking=["trackio"]))
-    assert outcome.code == 0 and "warning: trackio" not in screen
+    config = toy(rounds=2, tracking=["trackio"])
+    # the library reads its folder when it is imported: a process of its own
+    env = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "iterative_sft_cli", "train", str(config)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == "" and "warning: trackio" not in done.stderr, done.stderr
+    [file] = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(file) as database:
+        stored = [json.loads(text) for (text,) in database.execute("select metrics from metrics order by step")]
+    stats = rows(tmp_path / "run" / "stats.jsonl")
+    for row, values in zip(stats, stored, strict=True):
+        assert values["eval/pass@1"] == row["eval/pass@1"]
+        assert values.get("filters/numeric_answer/dropped") == row.get("filters/numeric_answer/dropped")
+    assert "accepted: " in stored[1]["samples"] and "rejected: " in stored[2]["samples"]
+
+
+def test_wandb_keeps_everything_on_this_machine_in_its_offline_mode(toy, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    outcome, screen = run(toy(rounds=1, tracking=["wandb"]))
+    assert outcome.code == 0 and "warning: wandb" not in screen
+    [file] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    data = file.read_bytes()
+    for text in (b"filters/numeric_answer/dropped", b"eval/pass@1", b"accepted: ", b"rejected: "):
+        assert text in data, text
 
 
 def test_an_unknown_tracker_is_refused_before_anything_runs(toy, tmp_path):

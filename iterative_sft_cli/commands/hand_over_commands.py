@@ -118,7 +118,10 @@ def report(
 def export(
     run: RunPath,
     to: Annotated[
-        str, typer.Option("--to", metavar="FORM", help="hf, vllm, adapter, ollama, gguf, sft-jsonl, dpo-jsonl or hub.")
+        str,
+        typer.Option(
+            "--to", metavar="FORM", help="hf, vllm, adapter, ollama, gguf, sft-jsonl, dpo-jsonl, inspect or hub."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="PATH", help="Where to; RUN/export/FORM by default.")
@@ -127,7 +130,8 @@ def export(
         str | None, typer.Option(metavar="KEY", help="best, last, or a checkpoint such as 0002; the best by default.")
     ] = None,
     round_: Annotated[
-        list[int] | None, typer.Option("--round", metavar="N", help="Rounds whose samples to export; all by default.")
+        list[int] | None,
+        typer.Option("--round", metavar="N", help="Rounds whose samples (or evaluations) to export; all by default."),
     ] = None,
     repo: Annotated[str | None, typer.Option(metavar="USER/NAME", help="The repository, for --to hub.")] = None,
     push: Annotated[
@@ -141,7 +145,7 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Hand RUN over: a model folder, an adapter, a Modelfile, a GGUF file, or its samples as training data."""
+    """Hand RUN over: a model folder, an adapter, a Modelfile, a GGUF file, its samples as training data, or its evaluations."""
     from iterative_sft_cli.report.export import export as do_export
     from iterative_sft_cli.report.reader import Run
     from iterative_sft_cli.report.screen import say

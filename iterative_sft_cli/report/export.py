@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import ConfigError, DataError
+from iterative_sft_cli.report.compare import evaluated_rounds
 from iterative_sft_cli.report.export_model import choose_checkpoint, facts_of, publish, write_adapter, write_model
 from iterative_sft_cli.report.export_rows import choose_rounds, dpo_rows, sft_rows, with_rejected, write_rows
 from iterative_sft_cli.report.ollama import modelfile
 from iterative_sft_cli.report.reader import Run
 from iterative_sft_cli.rundir import Checkpoint
 
-FORMS = ("hf", "vllm", "adapter", "ollama", "gguf", "sft-jsonl", "dpo-jsonl", "hub")
+FORMS = ("hf", "vllm", "adapter", "ollama", "gguf", "sft-jsonl", "dpo-jsonl", "inspect", "hub")
 CONVERTER = "convert_hf_to_gguf.py"
 
 
@@ -46,6 +47,10 @@ def export(
             wanted = with_rejected(run, wanted)
         rows = sft_rows(run, wanted) if to == "sft-jsonl" else dpo_rows(run, wanted, chosen_column)
         return {"to": to, "out": str(target), "rows": write_rows(rows, target), "rounds": wanted, "next": None}
+    if to == "inspect":
+        if checkpoint is not None:
+            raise ConfigError("--checkpoint says nothing with --to inspect", expected="--round, or neither")
+        return to_inspect(run, rounds, out or run.path / "export" / to)
     if rounds:
         raise ConfigError(f"--round says nothing with --to {to}", expected="--checkpoint, or neither")
     chosen = choose_checkpoint(run, checkpoint)
@@ -64,6 +69,19 @@ def export(
     publish(target, lambda folder: fill(run, chosen, folder, to))
     commands = {"vllm": f"vllm serve {target}", "ollama": f"ollama create NAME -f {target / 'Modelfile'}", "hf": None}
     return {**made, "out": str(target), **facts_of(target), "next": commands[to]}
+
+
+def to_inspect(run: Run, rounds: list[int] | None, target: Path) -> dict[str, Any]:
+    """The evaluations as logs for Inspect's viewer. Raises ConfigError for a round without one."""
+    from iterative_sft_cli.report.export_inspect import write_inspect
+
+    there = evaluated_rounds(run)
+    missing = [index for index in rounds or () if index not in there]
+    if missing:
+        raise ConfigError(f"--round {missing[0]}: not evaluated", expected=f"one of {there}")
+    files = write_inspect(run, sorted(rounds) if rounds else there, target)
+    names = [path.name for path in files]
+    return {"to": "inspect", "out": str(target), "logs": names, "next": f"inspect view --log-dir {target}"}
 
 
 def fill(run: Run, chosen: Checkpoint, folder: Path, to: str) -> None:
