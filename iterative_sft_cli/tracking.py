@@ -5,6 +5,7 @@ A tracker sees what `stats.jsonl` holds, once a round, after it is written; a tr
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ class TrackedView:
                 with redirect_stdout(sys.stderr):  # stdout is for data
                     tracker.start()
             self._trackers.append((name, tracker))
+        # a tracker's own exit hook was registered before this one, so it runs after it and finds stdout turned away
+        atexit.register(_stdout_is_for_data)
 
     def phase(self, name: str, round_index: int, total: int, unit: str) -> AbstractContextManager[PhaseView]:
         """Shown by the wrapped view."""
@@ -96,3 +99,8 @@ class TrackedView:
                     tracker.finish()
             except Exception as error:
                 self._view.note(f"warning: {name} did not end well: {one_line(error, 200)}")
+
+
+def _stdout_is_for_data() -> None:
+    sys.stdout.flush()
+    sys.stdout = sys.stderr
