@@ -139,7 +139,9 @@ class VllmEngine:
         )
         if self._on_gpu():
             command.append("--enable-sleep-mode")
-        elif not any(str(name).lstrip("-").replace("_", "-") == "enable-chunked-prefill" for name in self.settings.args):
+        elif not any(
+            str(name).lstrip("-").replace("_", "-") == "enable-chunked-prefill" for name in self.settings.args
+        ):
             # vLLM 0.32 on a CPU ends at the first prompt that is cut between two steps when requests have seeds of their own
             command.append("--no-enable-chunked-prefill")
         environment = {"VLLM_SERVER_DEV_MODE": "1"}

@@ -70,9 +70,7 @@ def evaluate(
     wanted = compute_metrics is not None
     alike = wanted or isinstance(core.weights, PieceWeights)  # every rank passes over every row
     mine = (
-        list(rows)
-        if alike
-        else torch_rows.share(rows, torch_ranks.rank(), torch_ranks.size(), form.is_encoder_decoder)
+        list(rows) if alike else torch_rows.share(rows, torch_ranks.rank(), torch_ranks.size(), form.is_encoder_decoder)
     )
     total, count = torch.zeros((), dtype=torch.float64, device=core.device), 0
     predictions: list[Any] = []
