@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.config import LoadedConfig
+from iterative_sft_cli.plan_memory import describe_memory, render_memory
 from iterative_sft_cli.prompts import PromptHistory, load_prompts, num_per_round, read_source, select_round
 from iterative_sft_cli.train.pool import num_seed_rows, num_steps, pool_rounds
 from iterative_sft_cli.types import Prompt
@@ -28,8 +29,11 @@ BYTES_PER_SAMPLE = 400
 """Bytes of a sample's other fields and verdicts."""
 
 
-def describe_plan(loaded: LoadedConfig) -> dict[str, Any]:
-    """The plan of every round as plain data. Counts are upper bounds: they assume that every sample is accepted."""
+def describe_plan(loaded: LoadedConfig, *, gpus: int = 1, gpu_gb: float | None = None) -> dict[str, Any]:
+    """The plan of every round as plain data. Counts are upper bounds: they assume that every sample is accepted.
+
+    `gpus`: so many processes, each on a GPU of `gpu_gb` (None: this machine's memory).
+    """
     config = loaded.config
     prompts = load_prompts(config.prompts, base_dir=loaded.base_dir).prompts
     eval_prompts = (
@@ -73,6 +77,7 @@ def describe_plan(loaded: LoadedConfig) -> dict[str, Any]:
         "warmup": warmup_of(config, loaded.base_dir),
         "rounds": rounds,
         "eval_samples": len(eval_prompts) * int(config.eval.samples_per_prompt) if config.eval else 0,
+        "memory": describe_memory(loaded, prompts, gpus=gpus, gpu_gb=gpu_gb),
         "guards": {name: value for name in CONDITIONS if (value := getattr(config.guards, name)) is not None},
         "disk": {
             "samples_bytes": samples,
@@ -268,6 +273,7 @@ def render_plan(plan: dict[str, Any]) -> str:
         lines.append(
             f"      checkpoints {size(disk['checkpoint_bytes'])}, optimizer state {size(disk['state_bytes'])} at most"
         )
+    lines += render_memory(plan["memory"])
     lines += [f"warning: {warning}" for warning in plan["warnings"]]
     return "\n".join(lines)
 

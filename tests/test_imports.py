@@ -16,7 +16,7 @@ LEVELS = [
     {"model", "rundir", "stats", "prompts", "generate", "filters", "train"},
     {"guards", "alarms", "console", "signals", "watchdog", "rounds", "harness"},
     {"loop", "build", "report", "recipes", "resume", "tracking"},
-    {"experiment", "plan", "ranks", "probe"},
+    {"experiment", "plan", "plan_memory", "ranks", "probe"},
     {"cli", "commands"},
     {"__main__", "__init__"},
 ]

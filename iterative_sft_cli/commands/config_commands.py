@@ -59,14 +59,19 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe", help="Add time, peak memory and disk, measured by a short run of two rounds.")
     ] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Plan memory for so many processes, one a GPU.")] = None,
+    gpu_gb: Annotated[float | None, typer.Option("--gpu-gb", help="Memory of each GPU; without it, this machine's.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Print what each round of CONFIG will do: weights, data, samples, steps; nothing is run without --probe."""
+    """Print what each round of CONFIG will do: weights, data, samples, steps, memory; nothing is run without --probe."""
     from iterative_sft_cli.config import load_config
     from iterative_sft_cli.plan import describe_plan, render_plan
+    from iterative_sft_cli.plan_memory import check_memory
 
     loaded = load_config(config, list(overrides or []))
-    described = describe_plan(loaded)
+    described = describe_plan(loaded, gpus=gpus or 1, gpu_gb=gpu_gb)
+    if gpus is not None or gpu_gb is not None:
+        check_memory(described["memory"])
     if probe:
         from iterative_sft_cli.probe import estimate, render_probe, run_probe
 

@@ -364,7 +364,9 @@ class RoundJudge:
 
 
 def _judge_unit(judge: RoundJudge, pieces: list[Piece], stream: Any, hinted: bool) -> Counter[str]:
-    return judge.judge(pieces, stream, hinted)
+    passed = judge.judge(pieces, stream, hinted)
+    pieces.clear()  # their samples are sealed: a round of any size holds those of a few units
+    return passed
 
 
 def _nothing(sample: Sample) -> None:

@@ -30,10 +30,10 @@ def test_the_launch_file_asks_for_what_the_run_needs():
 
 @pytest.mark.slow
 def test_a_job_is_requeued_until_it_is_complete(tmp_path):
-    write_toy_many(tmp_path, "run", rounds=3).rename(tmp_path / "config.yaml")
-    write_toy_many(tmp_path, "whole", rounds=3)
+    write_toy_many(tmp_path, "run", rounds=2).rename(tmp_path / "config.yaml")
+    write_toy_many(tmp_path, "whole", rounds=2)
     (tmp_path / "job.sh").write_text(launch_file())
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "TOY_DELAY_S": "0.01", "PYTHONPATH": str(HERE.parents[1])}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "TOY_DELAY_S": "0.005", "PYTHONPATH": str(HERE.parents[1])}
     environ["ISFT_RANK_PATIENCE_S"] = "0.5,20,60,60"
     command = [sys.executable, str(HERE / "play_slurm.py"), str(tmp_path / "job.sh"), str(tmp_path), "--after", "12"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
@@ -42,5 +42,5 @@ def test_a_job_is_requeued_until_it_is_complete(tmp_path):
     assert len(starts) >= 2 and starts[-1] == {"code": 0, "requeued": False, "killed": False}, starts
     assert all(one["code"] == 75 and one["requeued"] for one in starts[:-1]), starts
     alone = [sys.executable, "-m", "iterative_sft_cli", "train", str(tmp_path / "whole.yaml")]
-    subprocess.run(alone, env=environ, check=True, capture_output=True)
+    subprocess.run(alone, env={**environ, "TOY_DELAY_S": "0"}, check=True, capture_output=True)
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
