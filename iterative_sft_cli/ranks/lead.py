@@ -18,7 +18,7 @@ from iterative_sft_cli.errors import EXIT_BUG, EXIT_OK, ConfigError, DataError, 
 from iterative_sft_cli.ranks.collectives import close_collectives, open_collectives
 from iterative_sft_cli.ranks.engine import RankedEngine
 from iterative_sft_cli.ranks.learner import RankedLearner
-from iterative_sft_cli.ranks.link import Link, RankError
+from iterative_sft_cli.ranks.link import Link
 from iterative_sft_cli.ranks.placement import Placement, find_placement
 
 LEAVE_S = 10.0
@@ -63,17 +63,15 @@ class Ranks:
         self._children: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Ranks:
+        if self.placement.launcher != "isft":
+            # before anything else: the others see at once that rank 0 lives, or that nothing begins
+            self.link = Link(self.placement)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         code = EXIT_OK if error is None else error.exit_code if isinstance(error, IsftError) else EXIT_BUG
-        if self.link is None and self.placement.launcher != "isft":
-            # the others wait for rank 0: tell them that nothing begins
-            with contextlib.suppress(RankError):
-                self.link = Link(self.placement)
-                time.sleep(min(2.0, self.link.patience.join_s))
         if self.link is not None:
             self.link.end(code, "" if error is None else str(error))
         self._reap()
@@ -93,7 +91,8 @@ class Ranks:
         place = self.placement
         if place.launcher == "isft":
             share_threads(place.size)
-        self.link = Link(place)
+        if self.link is None:
+            self.link = Link(place)
         if place.launcher == "isft":
             place = replace(place, port=self.link.port)
             self._children = [start_worker(replace(place, rank=rank, local_rank=rank)) for rank in range(1, place.size)]
@@ -126,7 +125,7 @@ class Ranks:
             base_hash = link.take(f"ready/{rank}")
             if base_hash != parts.base_hash:
                 raise DataError(
-                    f"{link.names[rank]} has another base model than rank 0",
+                    f"{link.names.get(rank, f'rank {rank}')} has another base model than rank 0",
                     where="model.path",
                     hint="give every host the same files, or pin model.revision",
                 )

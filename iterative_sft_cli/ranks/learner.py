@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import IsftError
-from iterative_sft_cli.ranks.link import Link, MeetingFailed, RankError, failure_of
+from iterative_sft_cli.ranks.faults import MeetingFailed, RankError, failure_of
+from iterative_sft_cli.ranks.link import Link
 from iterative_sft_cli.ranks.wire import from_rows
 from iterative_sft_cli.train.base import Learner, TrainOutOfMemory
 from iterative_sft_cli.types import TrainRow

@@ -13,11 +13,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from iterative_sft_cli.errors import DataError, IsftError, Preempted
+from iterative_sft_cli.errors import IsftError, Preempted
+from iterative_sft_cli.ranks.faults import Ended, MeetingFailed, Patience, RankError, failure_of, first_line
 from iterative_sft_cli.ranks.placement import Placement
 from iterative_sft_cli.ranks.wire import pack, unpack
 
@@ -27,41 +27,8 @@ SURFACE_S = 15.0
 """How long a main thread has to raise what was found before the process is ended from beside it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """`beat_s`: a rank says that it lives this often. `dead_after_s`: it is given up when it was silent for so long.
-    `join_s`: how long ranks wait for each other at the start. `collective_s`: the time-out of a collective."""
-
-    beat_s: float = 5.0
-    dead_after_s: float = 60.0
-    join_s: float = 600.0
-    collective_s: float = 600.0
-
-    @classmethod
-    def of(cls, environ: Any = os.environ) -> Patience:
-        """The defaults, or what ISFT_RANK_PATIENCE_S (four numbers) says: for tests and slow starts."""
-        text = environ.get("ISFT_RANK_PATIENCE_S", "")
-        return cls(*(float(part) for part in text.split(","))) if text else cls()
-
-
-class RankError(DataError):
-    """A rank has died, hung or failed; the run can be resumed. Exit 4."""
-
-
-class MeetingFailed(Exception):
-    """A rank came to a meeting with a problem: `problem` is its record (`kind`, `text`, `rank`)."""
-
-    def __init__(self, problem: dict[str, Any]) -> None:
-        self.problem = problem
-        super().__init__(problem["text"])
-
-
-class Ended(Exception):
-    """Rank 0 has ended the run with `code`."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-        super().__init__(str(code))
+CONNECT_S = 110.0
+"""How long a rank tries to reach the store: rank 0 opens it first of all, so that one that does not come has died."""
 
 
 class Link:
@@ -82,8 +49,12 @@ class Link:
         self._dead: set[int] = set()
         self._closing = threading.Event()
         self._surfaced = threading.Event()
+        self.names = {self.rank: self.name}
         self.children: Sequence[Any] = ()
         self.on_stuck: Callable[[Exception], None] = lambda _error: None
+        for key, value in (("name", self.name), ("beat", "0"), ("here", "")):
+            self._store.set(f"{key}/{self.rank}", value)
+        threading.Thread(target=self._watch, name="isft-ranks", daemon=True).start()
 
     # --- joining --------------------------------------------------------------------------------------------------------
 
@@ -96,7 +67,7 @@ class Link:
                 place.address,
                 self.port if hasattr(self, "_store") else place.port,
                 is_master=serve,
-                timeout=timedelta(seconds=self.patience.join_s),
+                timeout=timedelta(seconds=min(self.patience.join_s, CONNECT_S)),
                 wait_for_workers=False,
             )
         except (RuntimeError, OSError) as error:
@@ -119,18 +90,15 @@ class Link:
         return PrefixStore("collectives", self._store)
 
     def join(self) -> None:
-        """Wait until every rank is here, then watch them. Raises RankError naming those that did not come."""
-        self._set(f"name/{self.rank}", self.name)
-        self._set(f"beat/{self.rank}", b"0")
-        self._set(f"here/{self.rank}", b"")
+        """Wait until every rank is here. Raises RankError naming those that did not come."""
         deadline = time.monotonic() + self.patience.join_s
         absent = list(range(self.size))
         while absent:
-            absent = [rank for rank in absent if not self._store.check([f"here/{rank}"])]
-            if self.rank and self._store.check(["end"]):
-                raise Ended(int(unpack(self._store.get("end"))["code"]))
-            self._look_at_children()
             self.check()
+            try:
+                absent = [rank for rank in absent if not self._store.check([f"here/{rank}"])]
+            except RuntimeError as error:
+                raise self.blame(error) from None
             if absent and time.monotonic() > deadline:
                 raise RankError(
                     f"{_ranks(absent)} of {self.size} did not come within {self.patience.join_s:g} s",
@@ -139,9 +107,6 @@ class Link:
                 )
             if absent:
                 time.sleep(0.05)
-        self.names = [self._store.get(f"name/{rank}").decode() for rank in range(self.size)]
-        self._thread = threading.Thread(target=self._watch, name="isft-ranks", daemon=True)
-        self._thread.start()
 
     # --- what both sides do ---------------------------------------------------------------------------------------------
 
@@ -205,7 +170,7 @@ class Link:
     def blame(self, error: BaseException) -> Exception:
         """What is behind a broken connection: the rank that died, as soon as that is known; else `error` itself as RankError."""
         deadline = time.monotonic() + self.patience.dead_after_s + 2 * self.patience.beat_s
-        while time.monotonic() < deadline and self._failure is None and hasattr(self, "_thread"):
+        while time.monotonic() < deadline and self._failure is None:
             time.sleep(0.05)
         self._surfaced.set()
         return self._failure or RankError(f"{self.name}: the connection between ranks broke: {first_line(error)}")
@@ -320,7 +285,7 @@ class Link:
     # --- the watching thread --------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        beats = {rank: (b"", time.monotonic()) for rank in range(self.size) if (rank == 0) != (self.rank == 0)}
+        beats: dict[int, tuple[bytes, float]] = {}
         number = 0
         failed_at: float | None = None
         while not self._closing.wait(min(self.patience.beat_s, 1.0) if failed_at is None else 0.2):
@@ -360,7 +325,12 @@ class Link:
             raise failure_of(unpack(store.get("failed")))
         if self._stop is None and store.check(["stop"]):
             self._stop = store.get("stop").decode()
-        for rank, (before, since) in beats.items():
+        for rank in range(1, self.size) if self.rank == 0 else (0,):
+            if rank not in self.names:
+                if not store.check([f"here/{rank}"]):
+                    continue
+                self.names[rank] = store.get(f"name/{rank}").decode()
+            before, since = beats.get(rank, (b"", now))
             beat = bytes(store.get(f"beat/{rank}"))
             if beat != before:
                 beats[rank] = (beat, time.monotonic())
@@ -379,28 +349,14 @@ class Link:
                 # what it said last is worth more than its code
                 time.sleep(0.2)
                 how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                name = self.names[rank] if hasattr(self, "names") else f"rank {rank}"
-                raise RankError(f"{name} {how}", hint="its last words are above; run the same command again to go on")
+                raise RankError(
+                    f"{self.names.get(rank, f'rank {rank}')} {how}",
+                    hint="its last words are above; run the same command again to go on",
+                )
 
 
 class _Waited(Exception):
     """Nothing came in time."""
-
-
-def failure_of(said: dict[str, Any]) -> Exception:
-    """What another rank failed of, as an error of the same kind."""
-    from iterative_sft_cli import errors
-
-    kind = getattr(errors, str(said["kind"]), RankError)
-    if not (isinstance(kind, type) and issubclass(kind, errors.IsftError)):
-        kind = RankError
-    found: Exception = kind(f"{said['name']}: {said['text']}", hint=said.get("hint"))
-    return found
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without torch's C++ trace."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _timed_out(error: RuntimeError) -> bool:

@@ -18,8 +18,9 @@ from typing import Any
 from iterative_sft_cli.errors import EXIT_STORAGE, IsftError
 from iterative_sft_cli.generate.base import EngineOutOfMemory
 from iterative_sft_cli.ranks.collectives import open_collectives
+from iterative_sft_cli.ranks.faults import Ended, RankError
 from iterative_sft_cli.ranks.learner import problem_of, take_part
-from iterative_sft_cli.ranks.link import Ended, Link, RankError
+from iterative_sft_cli.ranks.link import Link
 from iterative_sft_cli.ranks.placement import Placement
 from iterative_sft_cli.ranks.wire import from_completion, pack, to_decoding, to_requests, to_rows, unpack
 from iterative_sft_cli.train.base import TrainOutOfMemory
