@@ -1,6 +1,6 @@
 """The report in a real browser: it opens from disk without a request or a console error, draws, searches, and runs no payload.
 
-Skipped where no Chromium is installed.
+A Chromium is taken from PATH or installed by playwright; where neither can be, the tests are skipped and say why.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from test_report_page import PAYLOADS, hostile
@@ -17,8 +18,35 @@ from iterative_sft_cli import Run
 from iterative_sft_cli.report import html
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER = os.environ.get("ISFT_TEST_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed")
+INSTALL_S = 300
+
+
+def find_browser():
+    """The path of a Chromium: named, on PATH, or installed by playwright where that package is there. Skips with the reason where none can be had."""
+    found = os.environ.get("ISFT_TEST_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found:
+        return found
+    none = f"no browser: none of {', '.join(BROWSERS)} is on PATH"
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        pytest.skip(f"{none}, and playwright is not installed")
+    try:
+        install = [sys.executable, "-m", "playwright", "install", "chromium"]
+        done = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL_S, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{none}, and playwright did not get one in {INSTALL_S} s")
+    if done.returncode:
+        pytest.skip(f"{none}, and playwright could not get one: {(done.stderr or done.stdout).strip()[-200:]}")
+    with sync_playwright() as played:
+        return played.chromium.executable_path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def browser():
+    """Found or installed once, before the first test of this file."""
+    global BROWSER
+    BROWSER = find_browser()
 
 
 @pytest.fixture(scope="module")
