@@ -118,7 +118,7 @@ def estimate(
     tokens = budget if budget != "auto" else min(device_bytes * SHARE / at_once, 65536 if gpu else 4096)
     several = processes > 1 or tokens < rows * longest
     tokens = max(longest, min(tokens, rows * longest))
-    whole = 0.0 if cut == 1 else float(low * total)
+    whole = 0.0 if cut == 1 or gpu else float(low * total)  # on a GPU it waits in the host's memory
     cast = 0.0 if low == 4 or cut > 1 else 2.0 * trained
     kept = 0.0 if gpu or low == 4 or cut > 1 else 2.0 * trained  # a CPU keeps the copy that generation read
     training = {
@@ -133,14 +133,21 @@ def estimate(
     allowed = device_bytes * SHARE if generate.memory_gb == "auto" else float(generate.memory_gb) * 2**30
     samples = 512 if gpu else 192 * max(1, (os.cpu_count() or 1) // processes)
     live = (4.0 * trained + frozen_bytes * frozen) / cut
+    read_from = 0.0 if cut == 1 and low == 4 and adapter is None else float(low * total)  # what generation reads
     generating = {
         "libraries": base,
-        "weights": live + (whole or (0.0 if low == 4 else 2.0 * trained)) + (float(low * total) if adapter else 0.0),
+        "weights": live + read_from,
         "optimizer": 0.0 if off else moments * trained / cut,
         "cache": min(allowed, samples * longest * cache),
     }
-    if generate.engine not in ("transformers",):
-        generating = {key: value for key, value in generating.items() if key != "cache"}
+    if generate.engine != "transformers":
+        del generating["cache"]
+        generating["weights"] = live
+        own = generate.engine == "vllm" and generate.vllm is not None and not generate.vllm.base_urls
+        if own:
+            generating["servers"] = low * total / int(generate.vllm.tensor_parallel_size) + min(
+                allowed, SHARE * device_bytes
+            )
     saved = shape.stored * total if adapter is None else 4.0 * trained
     keeps = train.start_from == "previous"
     reads = 0.0 if keeps else float(shape.stored * total if adapter is None else 4.0 * trained)

@@ -72,6 +72,8 @@ class ShardedCore(TrainCore):
         self._named = dict(whole.named_parameters())
         if whole_dtype is not None:
             whole.to(whole_dtype)
+        if device.type != "cpu":
+            whole.to("cpu")  # the accelerator is for the pieces; generation makes a copy of its own
         self._plain_head, self._packs = False, False
         self.fresh_optimizer()
 
