@@ -1,7 +1,8 @@
-"""Our IterativeSFTTrainer.step() on the shared lengths: isft_step.py MODEL ROWS float32|bfloat16.
+"""Our IterativeSFTTrainer.step() on the shared lengths: isft_step.py MODEL ROWS float32|bfloat16 [plain|liger|compile].
 
 Also measures what the machine's matrix products alone would allow: the model's linear layers, forward and twice backward, on
-as many tokens as an average micro-batch holds. One warm-up step is not timed. The last line is JSON.
+as many tokens as an average micro-batch holds. One warm-up step is not timed; its loss is reported, as TRL's is on the same
+rows. `liger` puts liger-kernel's layers into the model first, `compile` torch.compile's forward. The last line is JSON.
 """
 
 import json
@@ -18,21 +19,35 @@ from workload import training
 from iterative_sft_cli import IterativeSFTTrainer
 
 
+def now() -> float:
+    """Seconds, after whatever a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_mib() -> int:
+    """Peak memory: the GPU's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 def ceiling(model: torch.nn.Module, dtype: torch.dtype, num_tokens: int = 1024) -> float:
     """Tokens per second if a training step were its matrix products and nothing else."""
     shapes = [m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    best = 0.0
     seconds = 0.0
+    device = next(model.parameters()).device
     for shape in set(shapes):
-        weight, x = torch.randn(shape, dtype=dtype), torch.randn(num_tokens, shape[1], dtype=dtype)
-        grad = torch.randn(num_tokens, shape[0], dtype=dtype)
+        weight, x = (torch.randn(size, dtype=dtype, device=device) for size in (shape, (num_tokens, shape[1])))
+        grad = torch.randn(num_tokens, shape[0], dtype=dtype, device=device)
         best = float("inf")
         for _ in range(3):
-            start = time.perf_counter()
+            start = now()
             x @ weight.t()
             grad @ weight
             grad.t() @ x
-            best = min(best, time.perf_counter() - start)
+            best = min(best, now() - start)
         seconds += best * shapes.count(shape)
     return num_tokens / seconds
 
@@ -41,6 +56,13 @@ def main() -> None:
     folder, num_rows, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    variant = sys.argv[4] if len(sys.argv) > 4 else "plain"
+    if variant == "liger":
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+    elif variant == "compile":
+        model.forward = torch.compile(model.forward, dynamic=True)
     args = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         max_steps=1000,
@@ -54,14 +76,19 @@ def main() -> None:
     rng = random.Random(1)
     rows = [torch.tensor([rng.randint(300, 40_000) for _ in range(p + c)]) for p, c in training(num_rows)]
     warm = [row[:32] for row in rows[:8]]
-    trainer.step(input_ids=warm)
-    start = time.perf_counter()
+    first = trainer.step(input_ids=warm)
+    start = now()
     stats = trainer.step(input_ids=rows)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    seconds = now() - start
+    peak = peak_mib()
     assert stats["num_steps"] == -(-num_rows // 8), stats
-    result = {"name": f"isft {dtype}", "tokens": stats["num_tokens"], "seconds": seconds, "peak_mib": peak}
-    print(json.dumps(result | {"loss": stats["loss"], "ceiling": ceiling(model, getattr(torch, dtype))}))
+    result = {
+        "name": f"isft {dtype}" + f" {variant}" * (variant != "plain"),
+        "tokens": stats["num_tokens"],
+        "seconds": seconds,
+        "peak_mib": peak,
+    }
+    print(json.dumps(result | {"loss": first["loss"], "ceiling": ceiling(model, getattr(torch, dtype))}))
 
 
 if __name__ == "__main__":
