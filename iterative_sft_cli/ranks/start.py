@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.ranks.placement import Placement, find_placement
+from iterative_sft_cli.watchdog import RETRIED
 
 
 def as_rank(gpus: str | None, begin: Callable[[Any], int]) -> int:
@@ -26,6 +27,9 @@ def as_rank(gpus: str | None, begin: Callable[[Any], int]) -> int:
     os.environ["LOCAL_RANK"] = str(placement.local_rank)
     if placement.rank:
         return work(placement)
+    if placement.launcher != "isft":
+        # rank 0 cannot start again alone: after a hang the launcher's restart is the second try
+        os.environ[RETRIED] = "1"
     from iterative_sft_cli.ranks.lead import Ranks
 
     with Ranks(placement) as ranks:

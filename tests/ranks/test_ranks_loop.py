@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from rank_helpers import contents, rows, write_toy_many
@@ -106,3 +107,17 @@ def test_another_number_of_ranks_goes_on_and_the_ledger_says_so(forks, tmp_path,
     names = {name for name in alone if name.startswith("rounds/")}
     found = contents(tmp_path / "run")
     assert {name: found[name] for name in names} == {name: alone[name] for name in names}
+
+
+def test_gpus_starts_the_others_and_names_how_one_ended(forks, tmp_path, alone, said):
+    """`--gpus 2` without a GPU: the second process is started here, and its death is seen at once."""
+    config = write_toy_many(tmp_path, "run")
+    (pid,) = forks.start(tmp_path, 1, "train", str(config), "--gpus", "2", TOY_DELAY_S="0.002", **QUICK)
+    wait_for(lambda: (tmp_path / "run" / "rounds" / "0001" / "generated-00000.jsonl").exists(), 60)
+    children = (Path("/proc") / str(pid) / "task" / str(pid) / "children").read_text().split()
+    workers = [int(one) for one in children if b"iterative_sft_cli" in (Path("/proc") / one / "cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    assert forks.wait([pid]) == [4]
+    assert f"pid {workers[0]}) was ended by SIGKILL" in said(0)
+    assert forks.run(tmp_path, 1, "train", str(config), "--gpus", "2", **QUICK) == [0]
+    assert contents(tmp_path / "run") == alone
