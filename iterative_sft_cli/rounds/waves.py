@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from iterative_sft_cli.types import Prompt
 
-LONGEST = 16
-"""A prompt that goes on until something is accepted gets its samples in about this many waves at most."""
+SMALLEST = 16
+"""The first wave has at least this part of the samples that a prompt may get."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,18 @@ class OneWave:
 
 
 def wave_size(wanted: int, most: int) -> int:
-    """Samples a prompt gets in one wave when `wanted` are to be accepted of at most `most`."""
-    return min(most, max(wanted, math.ceil(most / LONGEST)))
+    """Samples a prompt gets in the first wave when `wanted` are to be accepted of at most `most`."""
+    return min(most, max(wanted, math.ceil(most / SMALLEST)))
+
+
+def growth(wave: int) -> int:
+    """By how much wave `wave` (from 0) is larger than the first: 1, 1, 2, 4, 8 ... Fewer prompts are left in each, the hard ones, and
+    small waves leave a machine idle: each reads its prompts again and waits for its longest row."""
+    return 1 << max(wave - 1, 0)
 
 
 class UntilAccepted:
-    """Waves of a fixed size for the prompts that have not `wanted` accepted samples yet, at most `most` samples each.
+    """Waves of sizes that the config fixes, for the prompts that have not `wanted` accepted samples yet, at most `most` samples each.
 
     Wave w looks at the verdicts up to wave w - 2, so that the filters of one wave run beside the generation of the next.
     """
@@ -90,11 +96,12 @@ class UntilAccepted:
     def plan(self, wave: int, accepted: Mapping[str, int]) -> list[Draw] | None:
         """A further piece for every prompt that is short of its number."""
         draws = []
+        size = self._size * growth(wave)
         for prompt in self._prompts:
             key = prompt.prompt_id
             first = self._drawn.get(key, 0)
             if first < self._most and accepted.get(key, 0) < self._wanted[key]:
-                draws.append(Draw(prompt, first, min(self._size, self._most - first)))
+                draws.append(Draw(prompt, first, min(size, self._most - first)))
                 self._drawn[key] = first + draws[-1].count
         return draws or None
 

@@ -51,14 +51,25 @@ def test_a_prompt_stops_two_waves_after_it_has_enough_and_never_goes_beyond_its_
     right = {"a": {0}, "b": {3}, "c": {}, "d": {0, 1, 2}}
     drawn, _ = play(UntilAccepted(PROMPTS, 1, 6), right)
     last = {key: max(first for wave in drawn for k, (first, _) in wave.items() if k == key) for key in "abcd"}
-    assert last == {"a": 1, "b": 4, "c": 5, "d": 1}
-    assert [len(wave) for wave in drawn] == [4, 4, 2, 2, 2, 1]
+    assert last == {"a": 1, "b": 4, "c": 4, "d": 1}
+    assert drawn[2:] == [{"b": (2, 2), "c": (2, 2)}, {"b": (4, 2), "c": (4, 2)}]
     assert UntilAccepted(PROMPTS, 1, 6).limits({}) == (dict.fromkeys("abcd", 1), None)
 
 
 @pytest.mark.parametrize(("wanted", "most", "size"), [(1, 6, 1), (40, 2048, 128), (4, 4, 4), (3, 8, 3), (1, 64, 4)])
 def test_waves_are_as_large_as_what_is_wanted_and_not_many(wanted, most, size):
     assert wave_size(wanted, most) == size
+
+
+def test_waves_grow_as_prompts_leave():
+    drawn, _ = play(UntilAccepted(PROMPTS, 2, 40), {"a": {0, 1}, "b": {0, 5}, "c": {}, "d": {9, 10, 11}})
+    assert [{key: count for key, (_, count) in wave.items()} for wave in drawn] == [
+        {"a": 3, "b": 3, "c": 3, "d": 3},
+        {"a": 3, "b": 3, "c": 3, "d": 3},
+        {"b": 6, "c": 6, "d": 6},
+        {"c": 12, "d": 12},
+        {"c": 16},
+    ]
 
 
 def test_the_total_stops_further_prompts():
