@@ -70,6 +70,9 @@ def _built(compiler: Sequence[str]) -> Path:
             [*compiler, *FLAGS, "-o", str(made), str(SOURCE)], check=True, capture_output=True, timeout=_COMPILE_S
         )
         os.chmod(made, 0o700)
+        with made.open("rb") as whole:
+            # one that a power cut left torn would end the process that loads it
+            os.fsync(whole.fileno())
         os.replace(made, library)
     return library
 
