@@ -7,12 +7,14 @@ import sys
 
 def main() -> None:
     """Run the command line; never returns."""
-    from iterative_sft_cli.signals import obey_before_the_start
+    from iterative_sft_cli.signals import ignore_from_the_end_on, obey_before_the_start
 
     obey_before_the_start(sys.argv[1:])
     from iterative_sft_cli.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    ignore_from_the_end_on()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

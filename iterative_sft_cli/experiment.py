@@ -216,7 +216,8 @@ def content_hashes(
         "model": stages.base_hash,
         "prompts": prompts.sha256,
         "eval": eval_prompts.sha256 if eval_prompts else None,
-        "filters": {one.name: one.source_hash for one in filters},
+        "filters": {one.name: "built-in" if one.builtin else one.source_hash for one in filters},
+        "builtins": {one.name: one.source_hash for one in filters if one.builtin},
         "seed_data": rows_hash([*stages.mix_rows, *stages.warmup_rows]),
     }
 

@@ -19,6 +19,7 @@ from iterative_sft_cli.rounds.figures import count_round, follow_seed_loss, log_
 from iterative_sft_cli.rounds.gather import Gathered, gather_rows
 from iterative_sft_cli.rounds.history import choose_prompts
 from iterative_sft_cli.rounds.judge import judge_round
+from iterative_sft_cli.rounds.losses import settle_losses
 from iterative_sft_cli.rounds.placing import place_weights, undo_training
 from iterative_sft_cli.rounds.search import tune
 from iterative_sft_cli.rounds.sources import live_hash, reads_warmup, sources_of
@@ -43,7 +44,9 @@ def run_rounds(stages: Stages) -> None:
     """
     checkpoint = stages.run.checkpoints.newest()
     point = ResumePoint.of(checkpoint)
-    settle_thinned(stages.run.shards, range(1, stages.config.rounds + 1), point.round_index + (point.step is None))
+    first_open = point.round_index + (point.step is None)
+    settle_losses(stages, first_open)
+    settle_thinned(stages.run.shards, range(1, stages.config.rounds + 1), first_open)
     restore(stages.learner, checkpoint)
     with stages.runtime:
         try:

@@ -21,7 +21,7 @@ CONTENTS = (
     ("seed_data", "the seed data"),
 )
 """What a run depends on beside its config, by its key in `environment.json`."""
-MAY_CHANGE = ("versions", "isft", "python", "platform", "machine", "threads", "processes", "kernels")
+MAY_CHANGE = ("versions", "isft", "builtins", "python", "platform", "machine", "threads", "processes", "kernels")
 """Facts that may change between starts; the promise of identical bytes ends there, and the ledger says where."""
 
 

@@ -46,6 +46,12 @@ def obey_before_the_start(argv: Sequence[str]) -> None:
         signal.signal(number, end)
 
 
+def ignore_from_the_end_on() -> None:
+    """All is said and done: a stop signal while the interpreter shuts down must not change the exit code."""
+    for number in _numbers():
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequests:
     """Collects stop signals while the `with` block runs; `check` is cheap and is called at every safe point."""
 

@@ -31,13 +31,17 @@ def check_keep(config: Any, filters: Sequence[Any]) -> None:
     if isinstance(keep, str) or config.rounds <= keep:
         return
     for one in filters:
-        looks_back = one.shape.takes_context and not (one.builtin and one.arguments.get("scope") != "run")
-        if looks_back:
+        if looks_back(one):
             raise ConfigError(
                 f"samples.keep: {keep} drops the samples that the filter `{one.name}` may read (its `context` looks back)",
                 where=one.key,
                 hint="samples.keep: accepted keeps them; leave `context` out of a filter that does not need it",
             )
+
+
+def looks_back(one: Any) -> bool:
+    """Whether a filter may read the accepted samples of earlier rounds."""
+    return bool(one.shape.takes_context and not (one.builtin and one.arguments.get("scope") != "run"))
 
 
 def thin_rounds(stages: Stages, config: Any, round_index: int, log: RoundLog) -> None:
@@ -53,8 +57,10 @@ def thin_rounds(stages: Stages, config: Any, round_index: int, log: RoundLog) ->
 
 
 def thin(shards: Any, round_index: int, word: str) -> None:
-    """Replace a round's shards by those of `word` (accepted or dropped). What is dropped already stays so."""
-    if word == ACCEPTED and kept_of(shards, round_index) == "none":
+    """Replace a round's shards by those of `word` (accepted or dropped). What is dropped already, or was damaged, stays so."""
+    if (word == ACCEPTED and kept_of(shards, round_index) == "none") or shards.names(
+        round_index, f"{DROPPED}-damaged-"
+    ):
         return
     prefixes = (f"{GENERATED}-",) if word == ACCEPTED else (f"{GENERATED}-", f"{ACCEPTED}-")
     old = [name for name in shards.names(round_index, "") if name.startswith(prefixes)]

@@ -219,11 +219,20 @@ def save_mid_round(stages: Stages, round_index: int, step: int) -> None:
     start = time.monotonic()
     key = f"{round_key(round_index)}-{step:06d}"
     stages.run.checkpoints.commit(
-        key, lambda folder: stages.learner.save(folder, state=True), {"round": round_index, "step": step}
+        key,
+        lambda folder: stages.learner.save(folder, state=True),
+        {"round": round_index, "step": step},
+        size=_save_bytes(stages, state=True),
     )
     stages.run.checkpoints.drop_partial(round_index)
     stages.last_save_s = time.monotonic() - start
     stages.run.telemetry.append({"event": "save", "key": key, "seconds": stages.last_save_s})
+
+
+def _save_bytes(stages: Stages, *, state: bool) -> int | None:
+    """About how many bytes the learner is going to save, where it can tell."""
+    tell = getattr(stages.learner, "save_bytes", None)
+    return None if tell is None else int(tell(state=state))
 
 
 def seal_training_rows(stages: Stages, round_index: int, rows: Sequence[TrainRow], passes: Sequence[TrainPass]) -> None:
@@ -247,7 +256,10 @@ def commit_round(stages: Stages, round_index: int, *, with_state: bool) -> None:
     key = round_key(round_index)
     # hashing and syncing go on while the evaluation generates; the next seal waits for them
     stages.run.checkpoints.commit_async(
-        key, lambda folder: stages.learner.save(folder, state=with_state), {"round": round_index, "step": None}
+        key,
+        lambda folder: stages.learner.save(folder, state=with_state),
+        {"round": round_index, "step": None},
+        size=_save_bytes(stages, state=with_state),
     )
     if not with_state:
         stages.learner.load_weights(stages.run.checkpoints.verified(key).path)

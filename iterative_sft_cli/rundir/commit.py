@@ -144,20 +144,24 @@ class Checkpoints:
             if layout.is_partial(key) and parse_key(key)[0] == round_index and key not in spared:
                 self._drop(self._folder / key, key)
 
-    def commit(self, key: str, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
-        """Make `key` the newest checkpoint: `write(folder)` fills an empty folder. On return it survives a power cut.
+    def commit(
+        self, key: str, write: Callable[[Path], None], state: Mapping[str, Any], *, size: int | None = None
+    ) -> None:
+        """Make `key` the newest checkpoint: `write(folder)` fills an empty folder, with about `size` bytes. On return it survives a power cut.
 
         Raises StorageError when the disk refuses, DataError when `key` is not newer than the newest, ValueError when it is no key.
         """
-        self._start(key, write, state, background=False)
+        self._start(key, write, state, size, background=False)
 
-    def commit_async(self, key: str, write: Callable[[Path], None], state: Mapping[str, Any]) -> PendingCommit:
+    def commit_async(
+        self, key: str, write: Callable[[Path], None], state: Mapping[str, Any], *, size: int | None = None
+    ) -> PendingCommit:
         """Like `commit`, but return once `write` has: hashing, syncing and the rename go on in a thread.
 
         The next seal, commit, look at the checkpoints or outcome waits for it, so that nothing is ever built on a
         checkpoint that is not yet there. Logs may be appended to in the meantime.
         """
-        return self._start(key, write, state, background=True)
+        return self._start(key, write, state, size, background=True)
 
     def wait(self) -> None:
         """Return when no commit is under way. Raises what went wrong in it, once."""
@@ -169,7 +173,13 @@ class Checkpoints:
             self._prune()
 
     def _start(
-        self, key: str, write: Callable[[Path], None], state: Mapping[str, Any], *, background: bool
+        self,
+        key: str,
+        write: Callable[[Path], None],
+        state: Mapping[str, Any],
+        size: int | None,
+        *,
+        background: bool,
     ) -> PendingCommit:
         self.wait()
         place = parse_key(key)
@@ -197,7 +207,7 @@ class Checkpoints:
             self._fs.create(temp / COPIES, self._copies(key), sync=None)
         except Exception as error:
             self._fs.discard(temp)
-            needed = folder_size(self._newest.path) if self._newest else None
+            needed = size or (folder_size(self._newest.path) if self._newest else None)
             storage = foreign_error(error, temp, needed)
             if storage is not None:
                 raise storage from error

@@ -185,6 +185,29 @@ class Shards:
         self.expected.discard(shard_key(round_index, name))
         self._set_aside(round_index, name, reason)
 
+    def give_up_damaged(self, round_index: int, prefixes: tuple[str, ...]) -> list[str]:
+        """Move what is damaged among a round's shards whose names begin with one of `prefixes` to quarantine; returns the names of these and of
+        those that are gone. Nobody will miss them from here on."""
+        folder = round_folder(self._run, round_index)
+        start = shard_key(round_index, "")
+        known = {key.removeprefix(start) for key in self.expected if key.startswith(start)}
+        lost = []
+        for name in sorted(known.union(shard_names(folder, ""))):
+            if not name.startswith(prefixes):
+                continue
+            reason = "gone"
+            try:
+                if load_shard(folder, round_index, name) is not None:
+                    continue
+                # a seal that says so was left by `remove`
+                if not (folder / (name + SEAL)).exists() and shard_key(round_index, name) not in self.expected:
+                    continue
+            except Damage as damage:
+                reason = f"{damage.path.name}: {damage.problem}"
+            self.discard(round_index, name, f"{reason}; nothing needs it any more")
+            lost.append(name)
+        return lost
+
     def _set_aside(self, round_index: int, name: str, reason: str) -> None:
         folder = round_folder(self._run, round_index)
         # the shard first: what a crash leaves in between is a seal without shard, which means "make it again"

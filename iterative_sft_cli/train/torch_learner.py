@@ -187,6 +187,13 @@ class TorchLearner:
 
         return evaluate(self.core, rows, batch_size=8)["loss"]
 
+    def save_bytes(self, *, state: bool) -> int:
+        """About how many bytes `save` writes: the model (or adapter) in its checkpoints' type, and masters with two moments."""
+        trained = sum(master.numel() for master in self.core.weights.masters)
+        adapter = getattr(getattr(self.loaded, "source", None), "adapter", None)
+        saved = trained if adapter is not None else sum(one.numel() for one in self.loaded.model.parameters())
+        return saved * self.loaded.base_dtype.itemsize + (3 * 4 * trained if state else 0)
+
     def save(self, folder: Path, *, state: bool) -> None:
         """Write a Hugging Face folder (or an adapter) and, with `state`, `folder/state`; rank 0 writes."""
         from iterative_sft_cli import model

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -42,6 +43,8 @@ def in_child(
             os.close(reader)
             os.dup2(writer, 1)
             os.dup2(writer, 2)
+            # pytest has put others in their place
+            sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))
             if prepare is not None:
                 prepare()
             code = _call(work)

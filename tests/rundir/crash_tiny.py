@@ -37,17 +37,23 @@ checkpoints: {{every_steps: 2}}
 LORA = ", adapter: {type: lora, r: 4, alpha: 8, dropout: 0.1}"
 
 
-def tiny_subject(folder: Path, run: Path, *, adapter: str = "") -> Subject:
-    """A three-round experiment on a tiny model; model, data and config are made in `folder` by a child."""
+def tiny_subject(
+    folder: Path, run: Path, *, adapter: str = "", hidden_size: int | None = None, try_run: bool = True
+) -> Subject:
+    """A three-round experiment on a tiny model; model, data and config are made in `folder` by a child.
+
+    `try_run`: run it once and throw that away, to learn what it imports.
+    """
 
     def make() -> None:
-        from tiny import save_tiny
+        from tiny import save_tiny, tiny_llama
 
         folder.mkdir(parents=True, exist_ok=True)
         for name, start, number in (("prompts", 0, 6), ("dev", 50, 3)):
             lines = [f'{{"question": "{n} + 1", "answer": "{n + 1}"}}\n' for n in range(start, start + number)]
             (folder / f"{name}.jsonl").write_text("".join(lines))
-        save_tiny(folder / "model")
+        wide = None if hidden_size is None else tiny_llama(hidden_size=hidden_size, intermediate_size=2 * hidden_size)
+        save_tiny(folder / "model", model=wide)
         (folder / "tiny.yaml").write_text(CONFIG.format(model=folder / "model", run=run, adapter=adapter))
 
     def train(path: Path) -> object:
@@ -63,7 +69,8 @@ def tiny_subject(folder: Path, run: Path, *, adapter: str = "") -> Subject:
     if code != 0:
         raise AssertionError(f"the tiny model could not be made:\n{told}")
     subject = Subject(train, real_contents)
-    import_what_a_run_imports(subject, folder, run)
+    if try_run:
+        import_what_a_run_imports(subject, folder, run)
     return subject
 
 

@@ -60,3 +60,13 @@ def test_training_a_tiny_model_killed_at_random_instants_ends_with_the_same_byte
     subject = crash_tiny.tiny_subject(base / "tiny", base / "disk" / "run")
     tally = crash_fork.kill_children(subject, base / "disk", runs=6, kills=2)
     assert tally.wrong == [] and tally.trials == 6
+
+
+@pytest.mark.slow
+def test_training_on_a_full_disk_is_exit_4_and_goes_on_when_there_is_room(base: Path) -> None:
+    import crash_disk
+
+    tally = crash_disk.real_run(base / "disk", base / "real")
+    if tally is None:
+        pytest.skip("this user may not mount a small disk")
+    assert tally.wrong == [] and tally.counts == {"exit 4": 3, "exit 0": 1}
