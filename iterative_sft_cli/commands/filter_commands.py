@@ -30,10 +30,16 @@ def list_command(as_json: AsJson = False) -> int:
     if as_json:
         print_json([row.to_row() for row in rows])
         return 0
-    width = max(len(row.name) for row in rows)
-    for row in rows:
-        what = row.summary or row.place
-        echo(f"{row.name:<{width}}  {row.kind or 'plug-in':<7}  {row.source}: {what}")
+    from iterative_sft_cli.report.screen import say, screen, table
+
+    built_in = [(row.name, row.kind, row.role, row.summary) for row in rows if row.kind is not None]
+    headers = (("built-in", "left"), ("sees", "left"), ("role", "left"), ("", "left"))
+    screen().print(table(headers, built_in))
+    installed = [(row.name, row.source, row.place) for row in rows if row.kind is None]
+    if installed:
+        screen().print()
+        screen().print(table((("installed", "left"), ("from", "left"), ("place", "left")), installed))
+    say("isft filters show NAME: arguments, cost; your own: isft init --filter")
     return 0
 
 
@@ -73,19 +79,35 @@ def test_command(
             {"rows": [row.to_row() for row in tested.rows], "start_s": tested.start_s, "total_s": tested.total_s}
         )
         return EXIT_PLUGIN if tested.failed else 0
-    from iterative_sft_cli.console import one_line
+    from collections import Counter
 
-    for row in tested.rows[:limit]:
-        word = "error" if row.keep is None else "keep" if row.keep else "drop"
-        score = "" if row.score is None else f" {row.score:.4g}"
-        why = one_line(row.reason or "", 24)
-        echo(f"{word:<5}{score:<8} {row.seconds * 1e3:8.2f} ms  {why:<24} {one_line(row.completion, 60)}")
-        if row.error is not None:
-            echo(f"      {one_line(row.error, 400)}")
+    from iterative_sft_cli.console import one_line
+    from iterative_sft_cli.report.screen import number, screen, table
+
+    shown = [
+        (
+            one_line(row.sample_id, 24),
+            "error" if row.keep is None else "keep" if row.keep else "drop",
+            number(row.score, 4),
+            one_line(row.reason or "-", 24),
+            f"{row.seconds * 1e3:.2f}" if row.timed else "-",
+            one_line(row.completion, 60),
+        )
+        for row in tested.rows[:limit]
+    ]
+    columns = (("sample", "left"), ("", "left"), ("score", "right"), ("reason", "left"), ("ms", "right"), ("", "left"))
+    screen().print(table(columns, shown))
+    errors = [row for row in tested.rows if row.error is not None]
+    for row in errors[:limit]:
+        echo(f"{one_line(row.sample_id, 24)}: {one_line(row.error or '', 400)}")
     kept = sum(row.keep is True for row in tested.rows)
-    errors = sum(row.keep is None for row in tested.rows)
+    reasons = Counter(row.reason or "rejected" for row in tested.rows if row.keep is False)
+    why = f" ({', '.join(f'{word} {count}' for word, count in reasons.most_common(4))})" if reasons else ""
     total = len(tested.rows)
-    echo(
-        f"{total} samples: {kept} kept, {total - kept - errors} dropped, {errors} errors; {tested.start_s:.2f} s to start"
-    )
+    timed = [row.seconds for row in tested.rows if row.timed]
+    each = f", then {1e3 * sum(timed) / len(timed):.2f} ms a sample" if timed else ""
+    more = f"; {total - limit} more rows with --limit" if total > limit else ""
+    echo()
+    echo(f"{total} samples: {kept} kept, {total - kept - len(errors)} dropped{why}, {len(errors)} errors{more}")
+    echo(f"{tested.start_s:.2f} s to start{each}")
     return EXIT_PLUGIN if tested.failed else 0

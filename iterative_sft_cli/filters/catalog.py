@@ -90,6 +90,23 @@ def show_filter(use: str, *, base_dir: Path) -> str:
     return "\n".join(lines)
 
 
+def builtin_reference() -> Iterator[str]:
+    """The built-ins as a page of the documentation shows them: what each keeps, its arguments with defaults, its cost."""
+    for name in NAMES:
+        target, spec = load_builtin(name)
+        shape = inspect_filter(target)
+        yield f"### `{name}`"
+        yield ""
+        yield f"A {spec.role}; looks at {_looks_at(shape)}. Cost: {spec.cost}."
+        yield ""
+        for block in (inspect.getdoc(target) or "").split("\n\n"):
+            yield " ".join(block.split())
+            yield ""
+        for line in _arguments(shape)[1:]:
+            yield f"- `{line.strip()}`"
+        yield ""
+
+
 def _looks_at(shape: Shape) -> str:
     return {
         "sample": "one sample at a time",
@@ -111,7 +128,8 @@ def _arguments(shape: Shape) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Tested:
-    """A line of `isft filters test`: what the filter said of one sample, or the error it gave; `seconds` for the call."""
+    """A line of `isft filters test`: what the filter said of one sample, or the error it gave; `seconds` for the call, which is not
+    `timed` when it waited for the filter to start."""
 
     sample_id: str
     prompt_id: str
@@ -122,6 +140,7 @@ class Tested:
     error: str | None
     seconds: float
     completion: str
+    timed: bool = True
 
     def to_row(self) -> dict[str, Any]:
         """JSON form."""
@@ -173,11 +192,14 @@ def test_filter(entry: FilterEntry, samples: Sequence[Sample], *, base_dir: Path
             except IsftError as failure:
                 error = failure.what
             seconds = time.perf_counter() - start
-            if not rows and one.isolated:
+            timed = bool(rows) or not one.isolated
+            if not timed:
                 # the first call waits for the worker to start
                 start_s, seconds = start_s + seconds, 0.0
             for index, sample in enumerate(members):
-                rows.append(_row(sample, outcomes[index] if error is None else None, error, seconds / len(members)))
+                rows.append(
+                    _row(sample, outcomes[index] if error is None else None, error, seconds / len(members), timed)
+                )
         total_s = time.perf_counter() - began
     return FilterTest(one, rows, start_s, total_s)
 
@@ -208,7 +230,7 @@ def _judge(runner: Any, one: ResolvedFilter, members: list[Sample]) -> list[Outc
     return found if isinstance(found, list) else [found]
 
 
-def _row(sample: Sample, outcome: Outcome | None, error: str | None, seconds: float) -> Tested:
+def _row(sample: Sample, outcome: Outcome | None, error: str | None, seconds: float, timed: bool) -> Tested:
     verdict = outcome.verdict if outcome is not None else None
     return Tested(
         sample_id=sample.sample_id,
@@ -220,6 +242,7 @@ def _row(sample: Sample, outcome: Outcome | None, error: str | None, seconds: fl
         error=error,
         seconds=seconds,
         completion=sample.completion,
+        timed=timed,
     )
 
 

@@ -77,6 +77,10 @@ def fill(text: str) -> str:
         text,
         flags=re.DOTALL,
     )
+    if "[[filters]]" in text:
+        from iterative_sft_cli.filters.catalog import builtin_reference
+
+        text = text.replace("[[filters]]\n", "\n".join(builtin_reference()))
     text = re.sub(r"\[\[recipes\]\]\n", lambda _: "".join(f"- `{n}`: {about(n)}\n" for n in recipe_names()), text)
     return re.sub(r"\[\[not-yet(?: ([\w.]+))?\]\]\n*", lambda found: not_yet(found.group(1)), text)
 

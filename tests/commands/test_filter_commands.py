@@ -18,7 +18,9 @@ def test_list_names_every_builtin(capsys):
     names = {row["name"] for row in json.loads(capsys.readouterr().out)}
     assert {"finished", "numeric_answer", "math_verify", "dedup", "majority", "code_tests", "reward_model"} <= names
     assert run(["filters", "list"]) == 0
-    assert "numeric_answer" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.split()[:3] == ["built-in", "sees", "role"]
+    assert any(line.split()[:4] == ["numeric_answer", "sample", "verifier", "Keep"] for line in out.splitlines())
 
 
 def test_show_tells_arguments_and_cost(capsys):
@@ -35,7 +37,10 @@ def test_test_runs_a_filter_of_ones_own(tmp_path, monkeypatch, capsys):
     path = samples(tmp_path)
     assert run(["filters", "test", "mine.py:short", path]) == 0
     out = capsys.readouterr().out
-    assert "2 samples: 1 kept, 1 dropped, 0 errors" in out
+    assert "2 samples: 1 kept, 1 dropped (rejected 1), 0 errors" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["sample", "score", "reason", "ms"]
+    assert [line[1] for line in lines[2:4]] == ["keep", "drop"] and "s to start, then" in out
     assert run(["filters", "test", "mine.py:short", path, "max_words=9", "--json"]) == 0
     assert [row["keep"] for row in json.loads(capsys.readouterr().out)["rows"]] == [True, True]
 

@@ -49,7 +49,8 @@ class code_tests:
     The code is the last fenced block, else the whole final part. tests: the column with them [the answer], a list (or
     one text) of Python test code such as `assert add(1, 2) == 3`, or of {input, output} pairs for programs that read
     input() and print. setup: column with code that tests need before them. entry_point: column with the name of the
-    function that `check(candidate)` in the tests is called with (HumanEval's form).
+    function that `check(candidate)` in the tests is called with (HumanEval's form). seconds, memory_mb: what one test may
+    take.
 
     How it cannot be cheated: the code and the tests run in two interpreters. The tests see only stand-ins for the
     functions that the code defines; arguments and results cross as plain data (numbers, texts, lists, dicts, sets,

@@ -28,7 +28,7 @@ def contains(
 ) -> Verdict:
     """Keep a completion that contains `text` (a list: `mode` any, all, or none of them).
 
-    Dropped as `text_missing`, or with `mode: none` as `text_found`.
+    ignore_case: capitals do not matter. Dropped as `text_missing`, or with `mode: none` as `text_found`.
     """
     said = sample.final if of == "final" else sample.completion if of == "completion" else sample.reasoning or ""
     wanted = [text] if isinstance(text, str) else text

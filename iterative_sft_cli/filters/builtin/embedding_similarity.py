@@ -27,7 +27,7 @@ class embedding_similarity:
 
     path: an encoder model, folder or hub id (with `revision`); a text's vector is the mean of its last hidden states over
     its first `max_length` tokens. to: `answer`,
-    `prompt`, or the name of another column. Follow it with threshold.
+    `prompt`, or the name of another column. batch_size: texts at a time; the score does not depend on it. Follow it with threshold.
     """
 
     def __init__(

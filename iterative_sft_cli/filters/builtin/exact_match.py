@@ -28,7 +28,7 @@ def exact_match(
 ) -> Verdict:
     """Keep a completion whose final part equals `answer`; an answer that is a list accepts any of its members.
 
-    ignore_space: outer white space is cut and inner runs count as one space. ignore_punctuation: .,;:!? and quotes at
+    ignore_case: capitals do not matter. ignore_space: outer white space is cut and inner runs count as one space. ignore_punctuation: .,;:!? and quotes at
     both ends are cut. Both sides are normalised alike. Dropped as `wrong_answer`; extra `answer` is a short text as it was compared.
     """
     if sample.answer is None:

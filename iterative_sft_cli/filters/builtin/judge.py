@@ -77,6 +77,7 @@ class judge:
     base_url, model: any server that speaks OpenAI's chat completions; api_key_env: name of the variable with its key
     (without one, none is sent; a hub token never is). rubric: what a good answer is; template: the whole request, with
     {prompt}, {completion}, {final}, {answer}, {rubric}, {low}, {high}. votes: requests whose mean is the score.
+    temperature, max_tokens: the judge's decoding. prices: [per million prompt tokens, per million completion tokens].
     The reply is held to a JSON schema; one that is not usable is asked again twice, then an error (`on_error`), never a
     score. Overload and time-outs are tried again with growing pauses for up to `retry_s` seconds; a request may take
     `timeout_s`. Extras: `reason`, `prompt_tokens`, `completion_tokens`, with `prices` also `cost`. Follow it with threshold.

@@ -50,7 +50,7 @@ def length_vs_group(
     most `max_longer` longer than the median.
 
     scope: prompt = the samples of one prompt; level = samples of the round whose column `level` is equal (the length
-    filter of Self-Improving Transformers); round = all. `length_vs_group: 1` drops what is 2 or more tokens shorter.
+    filter of Self-Improving Transformers); round = all. unit: tokens, chars or words. `length_vs_group: 1` drops what is 2 or more tokens shorter.
     Dropped as `shorter_than_group` or `longer_than_group`.
     """
     return _judge([_size(sample, unit) for sample in group], max_shorter, max_longer, than)

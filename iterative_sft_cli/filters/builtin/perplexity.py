@@ -27,7 +27,7 @@ class perplexity:
 
     path: a causal language model, folder or hub id (with `revision`). given_prompt: false scores the completion alone. A sample longer
     than the model reads (or `max_length`) loses the beginning of its prompt; one whose completion alone is longer, or
-    is empty, gets no score. Follow it with threshold (`max`) or top_fraction (`-perplexity`).
+    is empty, gets no score. batch_size: samples at a time; the score does not depend on it. Follow it with threshold (`max`) or top_fraction (`-perplexity`).
     """
 
     def __init__(

@@ -77,7 +77,7 @@ def regex(
 ) -> Verdict:
     """Keep a completion in which `pattern` is found (`mode: fullmatch`: that it matches as a whole, outer space aside).
 
-    invert: keep what does not match. `^` and `$` match at lines. Dropped as `no_match` or `match`.
+    invert: keep what does not match. ignore_case: capitals do not matter. `^` and `$` match at lines. Dropped as `no_match` or `match`.
     """
     text = sample.final if of == "final" else sample.completion if of == "completion" else sample.reasoning or ""
     found = search(pattern, text, ignore_case) if mode == "search" else full_match(pattern, text.strip(), ignore_case)

@@ -28,6 +28,7 @@ class reward_model:
     path: folder or hub id (with `revision`). The sample is shown in the model's own chat format, else as prompt and
     completion. part: what of the completion is shown. output: raw logit, sigmoid, or softmax over the labels; `label`
     picks one of several. max_length: longer conversations lose their beginning; extra `truncated` tells.
+    batch_size: conversations at a time; the score does not depend on it.
     Follow it with threshold, top_k, best_of_n or top_fraction.
     """
 
