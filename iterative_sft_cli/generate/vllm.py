@@ -58,6 +58,8 @@ class VllmEngine:
         self._asleep = False
         self._earlier: list[list[float]] | None = None
         self._crew: Crew[Any, Completion] | None = None
+        self.proof: dict[str, float] = {}
+        """How far each server's log-probabilities were from the trainer's at the last `begin`, mean absolute nats by address."""
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
@@ -226,9 +228,10 @@ class VllmEngine:
             want = token_logprobs(self.loaded.model, rows)
         else:
             want = folder_logprobs(weights, rows, self.loaded)
+        self.proof = {}
         for url in self._addresses():
             try:
-                new = self._distance(url, want)
+                new = self.proof[url] = self._distance(url, want)
                 old = None if self._earlier is None else self._distance(url, self._earlier)
             except ServerError as error:
                 raise DataError(f"the weights of {url} could not be checked: {error}", where="generate.vllm") from error

@@ -59,6 +59,9 @@ class EngineSession:
             self._serving = key
             self.engine.begin(weights)
             self._telemetry.append({"event": "switch", "to": "generate", "switch_s": time.monotonic() - start})
+            proof = getattr(self.engine, "proof", None)
+            if proof:
+                self._telemetry.append({"event": "probe", "nats": dict(proof)})
         return self.engine
 
     def close(self) -> None:

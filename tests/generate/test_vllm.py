@@ -120,7 +120,8 @@ def test_a_server_is_started_used_given_new_weights_and_ended(
     with torch.no_grad():
         loaded.model.w.fill_(0.3)
     engine.begin(None)
-    assert engine._server is server
+    assert engine._server is server and server is not None
+    assert list(engine.proof) == [server.address] and engine.proof[server.address] < 1e-6
     check(run_all(engine, requests), requests, weight=0.3)
     assert server is not None and len(list((tmp_path / "run" / "serving").glob("weights-*"))) == 1
     command = server.log.read_text()
