@@ -97,8 +97,9 @@ class Lease:
                 continue
             if found != seen:
                 if seen is not None:
+                    # a renewal is seen half-way through at times
                     raise DataError(
-                        f"another process is working in this run: {describe(found)}",
+                        f"another process is working in this run: {describe(found if _record(found) else seen)}",
                         where=str(self.path.parent),
                         hint="wait for it, stop it, or choose another output_dir",
                     )

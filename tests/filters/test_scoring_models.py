@@ -145,7 +145,7 @@ def test_a_missing_model_is_told_before_or_when_it_loads(judge: Judge, models: P
     with pytest.raises(ConfigError, match="there is no file ./gone"):
         resolve_filters(make_entries({"reward_model": "./gone"}), base_dir=models)
     (models / "empty").mkdir(exist_ok=True)
-    with pytest.raises(DataError, match="cannot be loaded"):
+    with pytest.raises(DataError, match="no weights in the model's folder"):
         scores(judge, models, {"reward_model": "empty"}, ["x"])
 
 

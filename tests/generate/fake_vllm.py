@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     arguments = sys.argv[1:]
-    options = dict(zip(arguments[2::2], arguments[3::2], strict=False))
+    options = dict(pairwise(arguments))
     fault = options.get("--fault", "")
     print("fake vllm", *arguments, flush=True)
     if fault == "exit":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toy_config import write_toy
 
 from iterative_sft_cli.cli import run as isft
 from iterative_sft_cli.console import Console
@@ -32,8 +33,6 @@ def spell(text: str, root: Path) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished toy run of two rounds."""
-    from conftest import write_toy
-
     folder = tmp_path_factory.mktemp("finished")
     run_experiment(write_toy(folder, {"rounds": 2}), view=Console(io.StringIO()))
     return folder / "run"

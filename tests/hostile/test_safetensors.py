@@ -99,9 +99,9 @@ def read_as_an_engines_adapter(folder: Path, good: Path) -> None:
 
 
 def read_as_trainer_state(folder: Path, good: Path) -> None:
-    from iterative_sft_cli.train.torch_state import _read
+    from iterative_sft_cli.train.torch_state import read_tensors
 
-    _read(folder / "model.safetensors")
+    read_tensors(folder / "model.safetensors")
 
 
 def read_as_a_reward_model(folder: Path, good: Path) -> None:

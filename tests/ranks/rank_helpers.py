@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-_shared = importlib.util.spec_from_file_location("toy_config", Path(__file__).resolve().parents[1] / "conftest.py")
-assert _shared is not None and _shared.loader is not None
-_config = importlib.util.module_from_spec(_shared)
-_shared.loader.exec_module(_config)
-TOY_CONFIG, merge = _config.TOY_CONFIG, _config.merge
+from toy_config import TOY_CONFIG, merge
 
 VOLATILE = {
     "run.json",

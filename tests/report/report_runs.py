@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from pathlib import Path
 from typing import Any
+
+from toy_config import write_toy
 
 from iterative_sft_cli.cli import run as cli
 from iterative_sft_cli.config import load_config
@@ -16,17 +17,11 @@ from iterative_sft_cli.rundir import RunDir
 from iterative_sft_cli.rundir.integrity import render_document, stamp_bytes
 from iterative_sft_cli.rundir.jsonl import encode_rows
 
-_spec = importlib.util.spec_from_file_location("toy_conftest", Path(__file__).parent.parent / "conftest.py")
-assert _spec is not None and _spec.loader is not None
-toy_conftest = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(toy_conftest)
-
 
 def write_config(folder: Path, **changes: Any) -> Path:
     """The toy experiment's config and data in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path: Path = toy_conftest.write_toy(folder, changes)
-    return path
+    return write_toy(folder, changes)
 
 
 def train(folder: Path, **changes: Any) -> Path:
