@@ -25,6 +25,8 @@ ROWS = 6
 """A pair of Jaccard similarity 0.9 meets in one of the bands with probability 0.9995, one of 0.8 with 0.95."""
 SHINGLE = 5
 CHANCE = 1 / 256
+CHUNK = 1 << 16
+"""Texts that are looked up at a time."""
 MAGIC = b"isft minhash 1\n"
 
 
@@ -42,9 +44,9 @@ class Signatures:
         return len(self._digests)
 
     def bytes_each(self) -> float:
-        """Memory of a text, with the sorted keys and orders that `first_of_each` makes."""
+        """Memory of a text, with the order that `first_of_each` makes for each band."""
         held = len(self._bytes) + len(self._keys) + 8 * self.count
-        return held / self.count + BANDS * (4 + 4)
+        return held / self.count + BANDS * 4
 
     def add_all(self, texts: Iterable[tuple[str, str]]) -> None:
         """Append (subject, text) pairs; texts of different subjects never meet."""
@@ -131,23 +133,38 @@ def first_of_each(signatures: Signatures, known: int, similarity: float) -> Iter
         return
     rows, keys = signatures.signatures(), signatures.keys()
     orders = [numpy.argsort(keys[:, band], kind="stable").astype(numpy.uint32) for band in range(BANDS)]
-    sorted_keys = [keys[orders[band], band] for band in range(BANDS)]
     kept: Any = numpy.zeros(signatures.count, dtype=bool)
     kept[:known] = True
     needed = (similarity * (1 - CHANCE) + CHANCE) * BANDS * ROWS
-    for index in range(known, signatures.count):
-        is_first = True
-        for band in range(BANDS):
-            low = numpy.searchsorted(sorted_keys[band], keys[index, band], side="left")
-            high = numpy.searchsorted(sorted_keys[band], keys[index, band], side="right")
-            bucket = orders[band][low:high]
-            earlier = bucket[bucket < index]
-            candidates = earlier[kept[earlier]]
-            if len(candidates) and int((rows[candidates] == rows[index]).sum(axis=1).max()) >= needed:
-                is_first = False
-                break
-        kept[index] = is_first
-        yield is_first
+    for start in range(known, signatures.count, CHUNK):
+        lows, highs = _buckets(keys, orders, start, min(start + CHUNK, signatures.count))
+        for index in range(start, start + len(lows)):
+            is_first = True
+            for band in range(BANDS):
+                bucket = orders[band][lows[index - start, band] : highs[index - start, band]]
+                earlier = bucket[bucket < index]
+                candidates = earlier[kept[earlier]]
+                if len(candidates) and int((rows[candidates] == rows[index]).sum(axis=1).max()) >= needed:
+                    is_first = False
+                    break
+            kept[index] = is_first
+            yield is_first
+
+
+def _buckets(keys: Any, orders: Sequence[Any], start: int, end: int) -> tuple[Any, Any]:
+    """Where in each band's order the texts with the same key begin and end, for the texts from `start` to `end`.
+
+    The sorted keys of one band are held at a time: those of all would take as much memory as the orders.
+    """
+    import numpy
+
+    lows = numpy.empty((end - start, BANDS), dtype=numpy.uint32)
+    highs = numpy.empty((end - start, BANDS), dtype=numpy.uint32)
+    for band in range(BANDS):
+        in_order, wanted = keys[orders[band], band], keys[start:end, band]
+        lows[:, band] = numpy.searchsorted(in_order, wanted, side="left")
+        highs[:, band] = numpy.searchsorted(in_order, wanted, side="right")
+    return lows, highs
 
 
 def earlier_signatures(context: Context, across_prompts: bool) -> Signatures:
