@@ -60,7 +60,9 @@ def plan(
         bool, typer.Option("--probe", help="Add time, peak memory and disk, measured by a short run of two rounds.")
     ] = False,
     gpus: Annotated[int | None, typer.Option(min=1, help="Plan memory for so many processes, one a GPU.")] = None,
-    gpu_gb: Annotated[float | None, typer.Option("--gpu-gb", help="Memory of each GPU; without it, this machine's.")] = None,
+    gpu_gb: Annotated[
+        float | None, typer.Option("--gpu-gb", help="Memory of each GPU; without it, this machine's.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Print what each round of CONFIG will do: weights, data, samples, steps, memory; nothing is run without --probe."""
