@@ -66,7 +66,7 @@ def base_on_hub(run: Run) -> str | None:
     """The hub id of the base model; None for a local folder, whose path is nobody's business."""
     name = run.settings.model.path or ""
     local = any((root / name).exists() for root in (run.base_dir, Path()))
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not local else None
+    return name if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and not local else None
 
 
 def evaluation(stats: list[dict[str, Any]], metric: str) -> list[str]:

@@ -1,6 +1,6 @@
 """A checkpoint as a folder that other tools load: weights (an adapter merged in), tokenizer, template, stop tokens, model card.
 
-A folder appears by one rename, whole or not at all. A full checkpoint is copied byte for byte, verified against its manifest.
+A folder appears by one rename, whole or not at all. A full checkpoint's weights are copied byte for byte, verified against its manifest.
 """
 
 from __future__ import annotations
@@ -87,7 +87,33 @@ def write_model(run: Run, checkpoint: Checkpoint, folder: Path) -> None:
     else:
         copy_checkpoint(checkpoint, folder)
         check_model(folder)
+    write_for_older_readers(folder)
     (folder / "README.md").write_text(model_card(run, checkpoint.key, adapter=False), encoding="utf-8")
+
+
+def write_for_older_readers(folder: Path) -> None:
+    """Say in the words of transformers 4 too what transformers 5 says otherwise: Ollama, llama.cpp and older vLLM read those, and take
+    a default, silently, for a rope base that they do not find."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    rope = config.get("rope_parameters")
+    known = dict(config)
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        known.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            known.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
+    if isinstance(config.get("dtype"), str):
+        known.setdefault("torch_dtype", config["dtype"])
+    if known != config:
+        path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        tokenizer = json.loads(path.read_text("utf-8"))
+        if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+            left_out = ("is_local", "local_files_only", "backend")
+            plain = {key: value for key, value in tokenizer.items() if key not in left_out}
+            text = json.dumps({**plain, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, sort_keys=True)
+            path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_adapter(run: Run, checkpoint: Checkpoint, folder: Path) -> None:

@@ -20,6 +20,7 @@ from iterative_sft_cli.console import duration, round_cells, safe_text
 from iterative_sft_cli.report.lineage import describe
 from iterative_sft_cli.report.page_data import cost_rows, figures, funnels, panels, phase_seconds, sample_cards
 from iterative_sft_cli.report.reader import Run
+from iterative_sft_cli.report.runs import short_model
 from iterative_sft_cli.report.screen import number
 from iterative_sft_cli.report.show import summary
 
@@ -64,7 +65,7 @@ def content(run: Run, limit: int) -> dict[str, Any]:
         "style": Markup(style),
         "script": Markup(script),
         "status": found["status"],
-        "model": found["model"],
+        "model": short_model(found["model"]),
         "seed": run.settings.seed,
         "facts": facts(run, found),
         "warnings": [f"round {stats[-1]['round']}: {text}" for text in alarms(stats)] if stats else [],

@@ -87,6 +87,36 @@ def test_a_whole_model_loads_with_tokenizer_template_and_stop_tokens(full, tmp_p
     assert not list(tmp_path.glob(".*"))
 
 
+def test_older_readers_find_rope_dtype_and_tokenizer(full, tmp_path, capsys):
+    from transformers import AutoConfig, AutoTokenizer
+
+    call_json(capsys, "export", full, "--to", "hf", "--out", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] and config["torch_dtype"] == config["dtype"]
+    before, after = (AutoConfig.from_pretrained(f) for f in (full / "checkpoints" / "0001", tmp_path / "hf"))
+    assert before.rope_parameters == after.rope_parameters and before.dtype == after.dtype
+    old, new = (AutoTokenizer.from_pretrained(f) for f in (full / "checkpoints" / "0001", tmp_path / "hf"))
+    assert old("What is <|im_end|>?").input_ids == new("What is <|im_end|>?").input_ids
+    assert old.chat_template == new.chat_template and old.eos_token == new.eos_token
+    told = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] != "TokenizersBackend" and "local_files_only" not in told
+
+
+def test_a_scaled_rope_is_told_in_both_words(tmp_path):
+    from iterative_sft_cli.report.export_model import write_for_older_readers
+
+    rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0}
+    (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": rope, "dtype": "bfloat16"}))
+    write_for_older_readers(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert found["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0} and found["rope_theta"] == 500000.0
+    assert found["rope_parameters"] == rope
+    layers = {"rope_parameters": {"sliding": rope, "full": rope}}
+    (tmp_path / "config.json").write_text(json.dumps(layers))
+    write_for_older_readers(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == layers
+
+
 def test_an_adapter_is_merged_into_what_it_computes(lora, base, tmp_path, capsys):
     import torch
 
@@ -237,6 +267,10 @@ def test_the_card_names_a_hub_model_and_no_local_path(full):
     section = run.settings.model.model_copy(update={"path": "acme/tiny"})
     run.__dict__["settings"] = run.settings.model_copy(update={"model": section})
     assert 'base_model: "acme/tiny"' in model_card(run, "0001", adapter=False)
+    # a folder that is gone looks like a hub id, but for its first character
+    section = run.settings.model.model_copy(update={"path": ".model-cache/tiny"})
+    run.__dict__["settings"] = run.settings.model_copy(update={"model": section})
+    assert "model-cache" not in model_card(run, "0001", adapter=False)
 
 
 def test_which_checkpoint(done, tmp_path, capsys):
