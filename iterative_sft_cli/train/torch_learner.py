@@ -192,7 +192,7 @@ class TorchLearner:
         trained = sum(master.numel() for master in self.core.weights.masters)
         adapter = getattr(getattr(self.loaded, "source", None), "adapter", None)
         saved = trained if adapter is not None else sum(one.numel() for one in self.loaded.model.parameters())
-        return saved * self.loaded.base_dtype.itemsize + (3 * 4 * trained if state else 0)
+        return saved * int(self.loaded.base_dtype.itemsize) + (3 * 4 * trained if state else 0)
 
     def save(self, folder: Path, *, state: bool) -> None:
         """Write a Hugging Face folder (or an adapter) and, with `state`, `folder/state`; rank 0 writes."""

@@ -158,8 +158,8 @@ def _buckets(keys: Any, orders: Sequence[Any], start: int, end: int) -> tuple[An
     """
     import numpy
 
-    lows = numpy.empty((end - start, BANDS), dtype=numpy.uint32)
-    highs = numpy.empty((end - start, BANDS), dtype=numpy.uint32)
+    lows: numpy.ndarray = numpy.empty((end - start, BANDS), dtype=numpy.uint32)
+    highs: numpy.ndarray = numpy.empty((end - start, BANDS), dtype=numpy.uint32)
     for band in range(BANDS):
         in_order, wanted = keys[orders[band], band], keys[start:end, band]
         lows[:, band] = numpy.searchsorted(in_order, wanted, side="left")
