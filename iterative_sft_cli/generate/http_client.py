@@ -91,6 +91,12 @@ def request_json(
         raise ServerError(f"{method} {url}: the answer is not JSON: {text!r}", status=502) from error
 
 
+def tell(url: str, body: Any = None, *, timeout_s: float = 60.0) -> None:
+    """POST what needs no answer but success: what a server says about it may be JSON or plain words."""
+    with _answer("POST", url, body, headers={}, timeout_s=timeout_s) as response:
+        response.read()
+
+
 def stream_json(
     url: str, body: Any, *, headers: Mapping[str, str] | None = None, timeout_s: float = 60.0
 ) -> Iterator[dict[str, Any]]:

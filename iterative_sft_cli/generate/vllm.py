@@ -16,7 +16,8 @@ from typing import Any
 
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.generate.crew import Crew
-from iterative_sft_cli.generate.http_client import ServerError, request_json, stream_json
+from iterative_sft_cli.generate.http_client import ServerError, request_json, stream_json, tell
+from iterative_sft_cli.generate.vllm_proof import distance, mean_difference
 from iterative_sft_cli.generate.vllm_server import SERVED_NAME, Server, free_port, serve_command
 from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Completion, Decoding, Request
 
@@ -56,6 +57,7 @@ class VllmEngine:
         self._serving: Path | None = None
         self._model_name = SERVED_NAME
         self._asleep = False
+        self._adapter = False
         self._earlier: list[list[float]] | None = None
         self._crew: Crew[Any, Completion] | None = None
         self.proof: dict[str, float] = {}
@@ -66,7 +68,7 @@ class VllmEngine:
     def begin(self, weights: Path | None) -> None:
         """Make every server serve `weights`, and prove it. Raises DataError when one does not."""
         folder = self._staged(weights)
-        adapter = (folder / "adapter_config.json").exists()
+        adapter = self._adapter = (folder / "adapter_config.json").exists()
         if self.urls:
             self._reload_others(folder, adapter)
         else:
@@ -81,7 +83,7 @@ class VllmEngine:
         if self._server is None or not self._on_gpu() or self._asleep:
             return
         try:
-            request_json("POST", f"{self._server.address}/sleep?level=2", timeout_s=120)
+            tell(f"{self._server.address}/sleep?level=2", timeout_s=120)
             self._asleep = True
         except ServerError:
             self.close()
@@ -158,11 +160,18 @@ class VllmEngine:
         self._server.wait(self.section.startup_timeout_s, lambda: self.heartbeat(0))
         self._serving, self._model_name = folder, SERVED_NAME
         if adapter:
-            self._load(self._server.address, folder, adapter)
+            try:
+                self._load(self._server.address, folder, adapter)
+            except ServerError as error:
+                raise DataError(
+                    f"vLLM did not take the adapter: {error}",
+                    where="generate.vllm",
+                    hint=f"its whole output is in {log}; model.adapter: none trains and serves all weights",
+                ) from error
 
     def _wake(self) -> None:
         if self._asleep and self._server is not None:
-            request_json("POST", f"{self._server.address}/wake_up", timeout_s=600)
+            tell(f"{self._server.address}/wake_up", timeout_s=600)
             self._asleep = False
 
     def _load(self, address: str, folder: Path, adapter: bool) -> None:
@@ -177,13 +186,13 @@ class VllmEngine:
             return
         self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}, address)
         try:
-            request_json("POST", f"{address}/reset_prefix_cache", timeout_s=60)
+            tell(f"{address}/reset_prefix_cache", timeout_s=60)
         except ServerError as error:
             if error.status != 404:
                 raise
 
     def _ask(self, path: str, body: dict[str, Any], address: str) -> None:
-        request_json("POST", address + path, body, timeout_s=self.section.startup_timeout_s)
+        tell(address + path, body, timeout_s=self.section.startup_timeout_s)
 
     def _reload_others(self, folder: Path, adapter: bool) -> None:
         reload = self.settings.reload
@@ -235,7 +244,7 @@ class VllmEngine:
                 old = None if self._earlier is None else self._distance(url, self._earlier)
             except ServerError as error:
                 raise DataError(f"the weights of {url} could not be checked: {error}", where="generate.vllm") from error
-            apart = None if self._earlier is None else _mean_difference(want, self._earlier)
+            apart = None if self._earlier is None else mean_difference(want, self._earlier)
             stale = old is not None and apart is not None and apart > 0.02 and old < new
             if new > PROBE_LIMIT or stale:
                 raise DataError(
@@ -248,16 +257,14 @@ class VllmEngine:
         self._earlier = want
 
     def _distance(self, url: str, want: list[list[float]]) -> float:
-        from iterative_sft_cli.generate.torch_probe import probe_rows
-
-        rows = probe_rows(self.encoder.vocab_size)
-        body = {"model": self._model_name, "prompt": rows, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        answer = request_json("POST", f"{url}/v1/completions", body, timeout_s=self.section.timeout_s)
-        got = []
-        for row, choice in zip(rows, answer["choices"], strict=True):
-            entries = choice["prompt_logprobs"][1:]
-            got.append([float(e[str(t)]["logprob"]) for e, t in zip(entries, row[1:], strict=True)])
-        return _mean_difference(want, got)
+        return distance(
+            url,
+            want,
+            vocab_size=self.encoder.vocab_size,
+            model=self._model_name,
+            adapter=self._adapter,
+            timeout_s=self.section.timeout_s,
+        )
 
     # -- generation ------------------------------------------------------------------------------------------------
 
@@ -376,8 +383,3 @@ class VllmEngine:
             logprob=sum(logprobs),
             token_logprobs=tuple(logprobs) if decoding.keep_logprobs else None,
         )
-
-
-def _mean_difference(want: list[list[float]], got: list[list[float]]) -> float:
-    pairs = [(a, b) for x, y in zip(want, got, strict=True) for a, b in zip(x, y, strict=True)]
-    return sum(abs(a - b) for a, b in pairs) / len(pairs)

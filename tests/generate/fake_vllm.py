@@ -70,8 +70,9 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Quiet."""
 
-    def answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(body).encode()
+    def answer(self, status: int, body: Any, headers: dict[str, str] | None = None, *, text: str | None = None) -> None:
+        # vLLM answers some requests in plain words
+        data = json.dumps(body).encode() if text is None else text.encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -100,8 +101,11 @@ class Handler(BaseHTTPRequestHandler):
                 server.weight = read_weight(Path(body["kwargs"]["weights_path"]))
             self.answer(200, {})
         elif self.path == "/v1/load_lora_adapter":
+            if server.fault == "no_adapters":
+                self.answer(400, {"error": "LoRA is not enabled"})
+                return
             server.adapters[body["lora_name"]] = read_weight(Path(body["lora_path"]))
-            self.answer(200, {})
+            self.answer(200, None, text=f"Success: LoRA adapter '{body['lora_name']}' added successfully.")
         elif self.path == "/v1/unload_lora_adapter":
             server.adapters.pop(body["lora_name"])
             self.answer(200, {})
@@ -118,11 +122,18 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         weight = server.adapters.get(body["model"], server.weight)
         if "prompt_logprobs" in body:
+            if server.adapters:
+                # as vLLM 0.32 does
+                os._exit(1)
             choices = [
                 {"prompt_logprobs": [None, *({str(t): {"logprob": logprob(weight, t)}} for t in row[1:])]}
                 for row in body["prompt"]
             ]
             self.answer(200, {"choices": choices})
+            return
+        if "allowed_token_ids" in body:
+            found = logprob(weight, body["allowed_token_ids"][0])
+            self.answer(200, {"choices": [{"logprobs": {"token_logprobs": [found]}}]})
             return
         with server.lock:
             server.completions += 1

@@ -267,6 +267,15 @@ def test_adapters_are_loaded_by_name(loaded: Any, tmp_path: Path, engines: list[
     check(run_all(engine, requests), requests, weight=0.6)
 
 
+def test_a_server_without_adapters_is_an_error_with_its_words(
+    loaded: Any, tmp_path: Path, engines: list[VllmEngine]
+) -> None:
+    loaded.has_adapter = True
+    engine = open_vllm(loaded, tmp_path, engines, python=fake_python(tmp_path, "no_adapters"))
+    with pytest.raises(DataError, match=r"did not take the adapter: .*answered 400.*LoRA is not enabled"):
+        engine.begin(None)
+
+
 def test_prompts_longer_than_the_context_come_back_named(
     loaded: Any, tmp_path: Path, engines: list[VllmEngine]
 ) -> None:
