@@ -112,6 +112,8 @@ def write_for_older_readers(folder: Path) -> None:
         if tokenizer.get("tokenizer_class") == "TokenizersBackend":
             left_out = ("is_local", "local_files_only", "backend")
             plain = {key: value for key, value in tokenizer.items() if key not in left_out}
+            if isinstance(plain.get("extra_special_tokens"), list):
+                plain["additional_special_tokens"] = plain.pop("extra_special_tokens")
             text = json.dumps({**plain, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, sort_keys=True)
             path.write_text(text + "\n", encoding="utf-8")
 

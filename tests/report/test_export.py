@@ -98,8 +98,10 @@ def test_older_readers_find_rope_dtype_and_tokenizer(full, tmp_path, capsys):
     old, new = (AutoTokenizer.from_pretrained(f) for f in (full / "checkpoints" / "0001", tmp_path / "hf"))
     assert old("What is <|im_end|>?").input_ids == new("What is <|im_end|>?").input_ids
     assert old.chat_template == new.chat_template and old.eos_token == new.eos_token
+    assert set(old.all_special_tokens) == set(new.all_special_tokens)
     told = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert told["tokenizer_class"] != "TokenizersBackend" and "local_files_only" not in told
+    assert not isinstance(told.get("extra_special_tokens"), list)
 
 
 def test_a_scaled_rope_is_told_in_both_words(tmp_path):
