@@ -41,6 +41,8 @@ class Link:
         self.name = f"rank {self.rank} ({socket.gethostname()}, pid {os.getpid()})"
         self._store = self._connect(serve=self.rank == 0 and not _agent_serves())
         self._watch_store = self._connect(serve=False)
+        # over a cut network an answer never comes
+        self._watch_store.set_timeout(timedelta(seconds=self.patience.dead_after_s))
         self._meetings = self._commands = self._heard = 0
         self._swept = 0
         self._failure: Exception | None = None
