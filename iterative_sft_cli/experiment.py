@@ -96,7 +96,8 @@ def run_experiment(
             facts = describe_environment(loaded, content_hashes(stages, prompts, eval_prompts, filters))
             if ranks is not None:
                 facts["processes"] = ranks.size
-            facts["kernels"] = getattr(stages.engine, "kernels", None)
+            kernels = [getattr(part, "kernels", None) for part in (stages.engine, stages.learner)]
+            facts["kernels"] = " ".join(one for one in kernels if one) or None
             stages.changes = settle(run, loaded, facts, drift=drift, allow_change=allow_change, last_code=last_code)
             announce(stages, loaded, view)
             if loaded.config.tracking:

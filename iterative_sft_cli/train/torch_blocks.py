@@ -262,7 +262,8 @@ class Blocks:
         self._found: list[tuple[Any, Callable[[Any], Callable[..., Any]], Callable[[nn.Module], bool]]] = []
         self.together: list[list[nn.Parameter]] = []
         agreed: dict[Any, bool] = {}
-        if next(model.parameters()).device.type != "cpu":
+        first = next(model.parameters())
+        if first.device.type != "cpu" or hasattr(first, "full_tensor"):  # on a GPU, or cut into pieces
             return
         for module in model.modules():
             if _is_gated(module) and torch_native.offered(torch.empty(0), module.gate_proj.out_features):  # type: ignore[union-attr,arg-type]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iterative_sft_cli.errors import ConfigError
-from iterative_sft_cli.train import torch_optim, torch_ranks, torch_sharded, torch_state
+from iterative_sft_cli.train import torch_native, torch_optim, torch_ranks, torch_sharded, torch_state
 from iterative_sft_cli.train.torch_core import TrainCore
 from iterative_sft_cli.train.torch_rows import share
 from iterative_sft_cli.train.torch_settings import Schedule, settings_from_section
@@ -55,6 +55,11 @@ class TorchLearner:
         parallel = getattr(section, "parallel", None)
         self._cut = (parallel if isinstance(parallel, str) else getattr(parallel, "type", "auto")) == "fsdp2"
         self._state: torch_sharded.Whole | None = None
+
+    @property
+    def kernels(self) -> str | None:
+        """What the C kernels that may take part are made from, None without any: bytes depend on it."""
+        return torch_native.kernels() if self.core.device.type == "cpu" else None
 
     def load_weights(self, folder: Path | None, *, round_index: int = 0) -> None:
         """Take the weights in `folder`, or when None the base model's (an adapter: this round's fresh one); fresh optimizer."""

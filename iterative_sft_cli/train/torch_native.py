@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ _PARTS = 16
 def offered(x: Tensor, width: int) -> bool:
     """Whether the row kernels take numbers like those of `x` in rows of `width`."""
     return x.device.type == "cpu" and x.dtype in _SUFFIX and width % 16 == 0 and load("training", _VERSION) is not None
+
+
+def kernels() -> str | None:
+    """What the kernels in use were made from (sources, flags, compiler, processor); None without them. Bytes depend on it."""
+    library = load("training", _VERSION)
+    return None if library is None else Path(library._name).stem
 
 
 def attends(x: Tensor, width: int) -> bool:

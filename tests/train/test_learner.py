@@ -11,10 +11,12 @@ import tiny
 import torch
 from train_helpers import some_rows
 
+from iterative_sft_cli import native
 from iterative_sft_cli.config import AdapterConfig, ModelConfig
 from iterative_sft_cli.config.schema import TrainConfig
 from iterative_sft_cli.loop import place_weights
 from iterative_sft_cli.model import load_model
+from iterative_sft_cli.train import torch_native
 from iterative_sft_cli.train.torch_learner import TorchLearner
 
 
@@ -65,3 +67,30 @@ def test_what_was_trained_is_forgotten_by_the_optimizer_too(learner: TorchLearne
     learner.begin(learner.section, 1, seed=0, keep_optimizer=True)
     learner.step(some_rows("llama"), 0, None)
     assert same(trained, adapter(learner))
+
+
+def test_the_kernels_that_bytes_depend_on_have_a_name(learner: TorchLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = native.load("training", 1)
+    assert learner.kernels == (None if library is None else Path(library._name).stem)
+    monkeypatch.setattr(torch_native, "load", lambda *_: None)
+    assert learner.kernels is None
+
+
+@pytest.mark.parametrize("mode", ["none", "host", "disk", "auto"])
+def test_what_generation_does_not_need_is_away_and_comes_back(learner: TorchLearner, mode: str) -> None:
+    found = []
+    for away in (True, False):
+        learner.load_weights(None)
+        learner.begin(learner.section.model_copy(update={"offload": mode}), 2, seed=0, keep_optimizer=False)
+        learner.step(some_rows("llama"), 0, None)
+        if away:
+            learner.offload()
+            assert learner.core.optimizer is not None
+            held = [value for state in learner.core.optimizer.state.values() for value in state.values()]
+            assert any(isinstance(value, torch.Tensor) for value in held) == (mode != "disk")
+            learner.offload()
+            learner.reload()
+            learner.reload()
+        learner.step(some_rows("llama", seed=1), 1, None)
+        found.append(adapter(learner))
+    assert same(*found)

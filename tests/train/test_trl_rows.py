@@ -732,6 +732,7 @@ def test_b38_every_element_is_checked(tmp_path: Path) -> None:
         ({"input_ids": [IDS[0], torch.ones(2, 2, dtype=torch.long)]}, ValueError, r"input_ids\[1\].*one dimension"),
         ({"input_ids": [IDS[0], torch.tensor([9, 5000])]}, ValueError, r"input_ids\[1\] holds token id 5000"),
         ({"input_ids": [IDS[0], torch.tensor([9, -1])]}, ValueError, r"input_ids\[1\] holds token id -1"),
+        ({"input_ids": IDS[:1], "labels": [torch.full((6,), 5000)]}, ValueError, r"labels\[0\] holds token id 5000"),
         ({"input_ids": [IDS[0], torch.tensor([], dtype=torch.long)]}, ValueError, "element 1 has no token"),
         ({"input_ids": IDS, "texts": ["a"]}, ValueError, "got both"),
         ({"texts": ["a"], "labels": IDS[:1]}, ValueError, "texts_labels"),
