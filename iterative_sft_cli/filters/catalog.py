@@ -304,17 +304,24 @@ def _sample_of(row: dict[str, Any], index: int) -> Sample:
 
 
 def entry_for(use: str, arguments: Sequence[str]) -> FilterEntry:
-    """The config entry of `isft filters test NAME key=value ...`; values are read as YAML reads them."""
-    import yaml
+    """The config entry of `isft filters test NAME key=value ...`; values are read as in a config. Raises ConfigError."""
+    from pydantic import ValidationError
 
     from iterative_sft_cli.config import FilterEntry
+    from iterative_sft_cli.config.overrides import read_value
 
     args: dict[str, Any] = {}
     for text in arguments:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"`{text}` is not an argument", where="command line", expected="name=value")
-        args[key] = yaml.safe_load(value)
-    entry = FilterEntry.model_validate({"use": use, "args": args})
+        args[key], problem = read_value(value, ("args", key))
+        if problem is not None:
+            raise ConfigError(f"{key}: {problem.what}", where="command line", expected=problem.expected)
+    try:
+        entry = FilterEntry.model_validate({"use": use, "args": args})
+    except ValidationError as error:
+        what = "; ".join(str(one["msg"]) for one in error.errors()[:3])
+        raise ConfigError(f"`{use}` is no filter ({what})", where="command line") from error
     entry._key = "command line"
     return entry
