@@ -123,6 +123,10 @@ ERRORS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def test_there_are_at_least_forty() -> None:
+    assert len(ERRORS) >= 40
+
+
 @pytest.mark.parametrize("name", ERRORS)
 def test_a_misbehaving_filter_is_a_named_error(name: str, samples: list[Sample]) -> None:
     cause, options = ERRORS[name]

@@ -161,6 +161,10 @@ ANSWERS: list[tuple[str, str, str]] = [
 ]
 
 
+def test_there_are_at_least_thirty_cheats_of_each_kind() -> None:
+    assert len(CHEATS) >= 30 and len(CHEATS) + len(ANSWERS) >= 60
+
+
 @pytest.mark.parametrize("use", ["numeric_answer", "exact_match", "math_verify"])
 def test_cheats_against_answer_verifiers(judge: Judge, use: str) -> None:
     if use == "math_verify":
