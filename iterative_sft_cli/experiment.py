@@ -10,8 +10,9 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,9 @@ def open_run(
     return RunDir.open(path), drift
 
 
-def describe_environment(loaded: LoadedConfig, hashes: dict[str, Any]) -> dict[str, Any]:
-    """Versions, hardware and content hashes for `environment.json`; never secrets."""
+@lru_cache(maxsize=1)
+def library_versions() -> Mapping[str, str]:
+    """The versions of the libraries that shape results; those that are not installed are left out."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}
@@ -196,12 +198,17 @@ def describe_environment(loaded: LoadedConfig, hashes: dict[str, Any]) -> dict[s
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    return versions
+
+
+def describe_environment(loaded: LoadedConfig, hashes: dict[str, Any]) -> dict[str, Any]:
+    """Versions, hardware and content hashes for `environment.json`; never secrets."""
     return {
         "isft": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "versions": versions,
+        "versions": dict(library_versions()),
         "threads": os.environ.get("OMP_NUM_THREADS") or os.cpu_count(),
         "seed": loaded.config.seed,
         "config_dir": str(loaded.base_dir.resolve()),
