@@ -59,7 +59,8 @@ def fork(run: Run, index: int, loaded: LoadedConfig, filters: Sequence[ResolvedF
     new.parent.mkdir(parents=True, exist_ok=True)
     environment = {
         **run.view.environment,
-        "filters": {one.name: one.source_hash for one in filters},
+        "filters": {one.name: source_of(one) for one in filters},
+        "builtins": {one.name: one.source_hash for one in filters if one.builtin},
         "config_dir": str(loaded.base_dir.resolve()),
         "changes": [],
         "forked_from": {"run_id": run.view.run_id, "round": index},
@@ -145,11 +146,17 @@ def same_judges(run: Run, config: Any, filters: Sequence[ResolvedFilter]) -> boo
         old = resolve_filters(run.settings.filters, base_dir=run.base_dir)
     except ConfigError:
         return False
-    hashes = run.view.environment.get("filters") or {}
+    known = run.view.environment
+    hashes = {**(known.get("filters") or {}), **(known.get("builtins") or {})}
     before = [
         what_it_is(one) for one in eval_filters(old, run.settings.eval) if hashes.get(one.name) == one.source_hash
     ]
     return before == [what_it_is(one) for one in eval_filters(filters, config.eval)]
+
+
+def source_of(one: ResolvedFilter) -> str | None:
+    """What `environment.json` says of a filter's code, as a start of the run writes it."""
+    return "built-in" if one.builtin else one.source_hash
 
 
 def what_it_is(one: ResolvedFilter) -> tuple[object, ...]:

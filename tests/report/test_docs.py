@@ -191,7 +191,9 @@ def test_pages_name_each_other_rightly():
 def test_the_slurm_script_requeues_what_was_preempted(tmp_path):
     [script] = [text for text in blocks(PAGES["resuming"], "sh") if "SBATCH" in text]
     (tmp_path / "job.sh").write_text(script)
-    stub = "#!/bin/sh\ntrap 'sleep 0.2; exit 75' TERM\ntouch started\nfor i in $(seq 100); do sleep 0.1; done\n"
+    stub = (
+        "#!/bin/sh\ntrap 'sleep 0.2; exit 75' TERM\nsleep 0.5; touch started\nfor i in $(seq 100); do sleep 0.1; done\n"
+    )
     for name, text in {"isft": stub, "scontrol": '#!/bin/sh\necho "$@" > requeued\n'}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
