@@ -17,7 +17,7 @@ from typing import Any
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.generate.crew import Crew
 from iterative_sft_cli.generate.http_client import ServerError, request_json, stream_json, tell
-from iterative_sft_cli.generate.vllm_proof import distance, mean_difference
+from iterative_sft_cli.generate.vllm_proof import compared, mean_difference, served_logprobs
 from iterative_sft_cli.generate.vllm_server import SERVED_NAME, Server, free_port, serve_command
 from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Completion, Decoding, Request
 
@@ -59,6 +59,7 @@ class VllmEngine:
         self._asleep = False
         self._adapter = False
         self._earlier: list[list[float]] | None = None
+        self._answers: dict[str, list[list[float]]] = {}
         self._crew: Crew[Any, Completion] | None = None
         self.proof: dict[str, float] = {}
         """How far each server's log-probabilities were from the trainer's at the last `begin`, mean absolute nats by address."""
@@ -214,15 +215,16 @@ class VllmEngine:
 
     def _wait_for_restart(self, url: str) -> None:
         """Whoever runs the server restarts it on what lies in `stage_to`; until then it is away or serves the old weights."""
-        start = time.monotonic()
+        start, away = time.monotonic(), False
         while time.monotonic() - start < self.section.startup_timeout_s:
             self.heartbeat(0)
             try:
                 request_json("GET", f"{url}/health", timeout_s=5)
-                if self._earlier is None or self._distance(url, self._earlier) > PROBE_LIMIT / 10:
+                before = self._answers.get(url)
+                if away or before is None or mean_difference(before, self._asked(url)) > 1e-3:
                     return
             except ServerError:
-                pass
+                away = True
             time.sleep(1.0)
         raise DataError(f"{url} was not restarted on new weights", where="generate.vllm.reload")
 
@@ -240,26 +242,28 @@ class VllmEngine:
         self.proof = {}
         for url in self._addresses():
             try:
-                new = self.proof[url] = self._distance(url, want)
-                old = None if self._earlier is None else self._distance(url, self._earlier)
+                answers = self._asked(url)
             except ServerError as error:
                 raise DataError(f"the weights of {url} could not be checked: {error}", where="generate.vllm") from error
             apart = None if self._earlier is None else mean_difference(want, self._earlier)
-            stale = old is not None and apart is not None and apart > 0.02 and old < new
+            before, self._answers[url] = self._answers.get(url), answers
+            new = self.proof[url] = mean_difference(compared(want, self._adapter), answers)
+            # the same server rounds alike each time: when the trainer's weights moved and its answers did not, it has the old ones
+            moved = None if before is None else mean_difference(before, answers)
+            stale = moved is not None and apart is not None and apart > 0.02 and moved < apart / 10
             if new > PROBE_LIMIT or stale:
                 raise DataError(
                     f"the server at {url} serves other weights: its log-probabilities differ by {new:.3g} nats"
-                    + (f" from the new weights and {old:.3g} from the old ones" if old is not None else ""),
+                    + (f" from the new ones, and by {moved:.3g} from what it said of the old ones" if stale else ""),
                     where="generate.vllm",
                     expected=f"at most {PROBE_LIMIT} nats",
                     hint="set generate.vllm.reload, or start the server on the checkpoint",
                 )
         self._earlier = want
 
-    def _distance(self, url: str, want: list[list[float]]) -> float:
-        return distance(
+    def _asked(self, url: str) -> list[list[float]]:
+        return served_logprobs(
             url,
-            want,
             vocab_size=self.encoder.vocab_size,
             model=self._model_name,
             adapter=self._adapter,

@@ -1,4 +1,4 @@
-"""How far a vLLM server's log-probabilities are from those of given weights, on fixed tokens.
+"""A vLLM server's log-probabilities on fixed tokens, to be held against those of the weights that it should serve.
 
 Guarantee: what is compared is the served model's distribution before temperature and truncation, adapter included.
 """
@@ -13,23 +13,25 @@ PLACES = (1, 6, 12, 18, 23)
 """Places in a probe row whose token is asked for under an adapter."""
 
 
-def distance(
-    url: str, want: list[list[float]], *, vocab_size: int, model: str, adapter: bool, timeout_s: float
-) -> float:
-    """Mean absolute difference in nats from `want`, the log-probabilities that `torch_probe` finds. Raises ServerError."""
+def served_logprobs(url: str, *, vocab_size: int, model: str, adapter: bool, timeout_s: float) -> list[list[float]]:
+    """What `compared` is to be held against. Raises ServerError."""
     from iterative_sft_cli.generate.torch_probe import probe_rows
 
     rows = probe_rows(vocab_size)
     if adapter:
-        wanted = [[logprobs[place - 1] for place in PLACES] for logprobs in want]
-        return mean_difference(wanted, [[_logprob(url, model, row, p, timeout_s) for p in PLACES] for row in rows])
+        return [[_logprob(url, model, row, place, timeout_s) for place in PLACES] for row in rows]
     body = {"model": model, "prompt": rows, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
     answer = request_json("POST", f"{url}/v1/completions", body, timeout_s=timeout_s)
     got = []
     for row, choice in zip(rows, answer["choices"], strict=True):
         entries = choice["prompt_logprobs"][1:]
         got.append([float(e[str(t)]["logprob"]) for e, t in zip(entries, row[1:], strict=True)])
-    return mean_difference(want, got)
+    return got
+
+
+def compared(want: list[list[float]], adapter: bool) -> list[list[float]]:
+    """The part of the log-probabilities that `torch_probe` finds which a server is asked for."""
+    return [[logprobs[place - 1] for place in PLACES] for logprobs in want] if adapter else want
 
 
 def _logprob(url: str, model: str, row: Sequence[int], place: int, timeout_s: float) -> float:

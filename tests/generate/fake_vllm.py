@@ -42,7 +42,7 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, *, port: int = 0, fault: str = "") -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.folder = folder
-        self.weight = read_weight(folder)
+        self.weight = read_weight(folder) - (0.02 if fault == "rounds" else 0.0)
         self.adapters: dict[str, float] = {}
         self.fault, _, number = fault.partition("=")
         self.number = int(number or 0)
@@ -98,7 +98,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(scripted[0], {"error": "scripted"}, scripted[1])
         elif self.path == "/collective_rpc":
             if server.fault != "deaf":
-                server.weight = read_weight(Path(body["kwargs"]["weights_path"]))
+                rounding = 0.02 if server.fault == "rounds" else 0.0
+                server.weight = read_weight(Path(body["kwargs"]["weights_path"])) - rounding
             self.answer(200, {})
         elif self.path == "/v1/load_lora_adapter":
             if server.fault == "no_adapters":

@@ -189,6 +189,18 @@ def test_a_server_that_keeps_the_old_weights_is_refused(loaded: Any, tmp_path: P
         engine.begin(None)
 
 
+def test_weights_that_moved_less_than_the_server_rounds_are_not_taken_for_old_ones(
+    loaded: Any, tmp_path: Path, engines: list[VllmEngine]
+) -> None:
+    engine = open_vllm(loaded, tmp_path, engines, python=fake_python(tmp_path, "rounds"))
+    engine.begin(None)
+    first = engine._server
+    with torch.no_grad():
+        loaded.model.w.fill_(0.12)
+    engine.begin(None)  # it says now what the trainer said before
+    assert engine._server is first
+
+
 def test_another_model_at_the_address_is_refused(loaded: Any, tmp_path: Path, engines: list[VllmEngine]) -> None:
     other = tmp_path / "other"
     other.mkdir()
