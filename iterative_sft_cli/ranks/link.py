@@ -56,7 +56,9 @@ class Link:
         self.on_stuck: Callable[[Exception], None] = lambda _error: None
         for key, value in (("name", self.name), ("beat", "0"), ("here", "")):
             self._store.set(f"{key}/{self.rank}", value)
+        self._looked = time.monotonic()
         threading.Thread(target=self._watch, name="isft-ranks", daemon=True).start()
+        threading.Thread(target=self._guard, name="isft-ranks-guard", daemon=True).start()
 
     # --- joining --------------------------------------------------------------------------------------------------------
 
@@ -302,6 +304,7 @@ class Link:
             try:
                 number += 1
                 self._look(beats, number)
+                self._looked = time.monotonic()
             except RuntimeError as error:
                 if self._closing.is_set():
                     return
@@ -314,6 +317,19 @@ class Link:
                 self._failure = self._failure or error
             if self._failure is not None:
                 failed_at = time.monotonic()
+
+    def _guard(self) -> None:
+        """End this rank when the watching thread hangs: over a cut network the store neither answers nor fails."""
+        longest = self.patience.dead_after_s + 2 * self.patience.beat_s
+        while not self._closing.wait(1.0):
+            if self._failure is None and time.monotonic() - self._looked > longest:
+                self._failure = RankError(
+                    f"{self.name} has had no answer from rank 0's store ({self.placement.address}) for {longest:g} s",
+                    hint="rank 0 has died or the network is cut; run the same command again",
+                )
+                if not self._surfaced.wait(SURFACE_S) and not self._closing.is_set():
+                    self.on_stuck(self._failure)
+                    os._exit(4)
 
     def _look(self, beats: dict[int, tuple[bytes, float]], number: int) -> None:
         store, now = self._watch_store, time.monotonic()
