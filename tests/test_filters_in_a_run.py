@@ -153,3 +153,25 @@ def test_without_its_cache_a_run_is_the_same(grader: Callable[..., Path], tmp_pa
     train(grader(rounds=3, output_dir="whole"))
     for name in ("rounds/0003/verdicts-00000.jsonl", "stats.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "gone"])
+def test_dedups_index_survives_a_resume(toy: Callable[..., Path], tmp_path: Path, damage: str) -> None:
+    pytest.importorskip("datasketch")
+    entry = {"dedup": {"scope": "run", "level": "near", "similarity": 0.99}}
+    changes: dict[str, Any] = {"filters": ["finished", entry], "eval": None, "guards": {"on_empty": "skip"}}
+    train(toy(rounds=2, **changes))
+    [index] = (tmp_path / "run" / FOLDER).glob("dedup-near*.index")
+    if damage != "none":
+        data = index.read_bytes()
+        index.unlink()
+        if damage == "cut":
+            index.write_bytes(data[: len(data) // 2])
+    train(toy(rounds=3, **changes))
+    train(toy(rounds=3, output_dir="whole", **changes))
+    for round_index in (1, 2, 3):
+        name = f"rounds/{round_index:04d}/verdicts-round.jsonl"
+        said = (tmp_path / "run" / name).read_bytes()
+        assert said == (tmp_path / "whole" / name).read_bytes()
+    assert b"duplicate" in said
+    assert index.read_bytes() == (tmp_path / "whole" / FOLDER / index.name).read_bytes()

@@ -20,7 +20,7 @@ from iterative_sft_cli.cli import run as isft
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="limits on memory are POSIX")
 
 GRADERS = """
-import json, mmap, os, urllib.request
+import json, mmap, os, time, urllib.request
 from iterative_sft_cli.types import Verdict
 
 def note(log, **what):
@@ -39,14 +39,15 @@ class WithKey:
             return Verdict(True, json.load(reply)["score"])
 
 class LargeModel:
-    def __init__(self, log: str, megabytes: int = 200):
-        self.log, self.megabytes = log, megabytes
+    def __init__(self, log: str, megabytes: int = 200, seconds: float = 0.0):
+        self.log, self.megabytes, self.seconds = log, megabytes, seconds
     def setup(self):
         # as CUDA does: far more address space than memory
         self.reserved = mmap.mmap(-1, 64 << 30, flags=mmap.MAP_PRIVATE | 0x4000)  # MAP_NORESERVE
         self.weights = bytearray(os.urandom(1 << 20)) * self.megabytes
         note(self.log, did="load", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"))
     def __call__(self, sample):
+        time.sleep(self.seconds)
         note(self.log, did="judge", gpu=os.environ.get("CUDA_VISIBLE_DEVICES"))
         return Verdict(True, float(len(sample.completion)))
 
@@ -161,7 +162,7 @@ def test_a_grader_with_a_model_of_a_gpus_size(train: Any, tmp_path: Path, monkey
 
 
 def test_a_model_that_is_larger_than_it_may_be_is_named(train: Any, tmp_path: Path) -> None:
-    args = {"log": str(tmp_path / "log"), "megabytes": 500}
+    args = {"log": str(tmp_path / "log"), "megabytes": 500, "seconds": 3.0}
     code, err = train("LargeModel", args, device="cuda", memory_gb=0.3)
     assert code == 5 and "GB of memory, more than 0.3 (memory_gb)" in err and "filters[1]" in err
 
