@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ TOY_CONFIG: dict[str, Any] = {
 
 
 def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    out = dict(tree)
+    """`tree` with `changes`, sharing nothing with `tree`."""
+    out = copy.deepcopy(tree)
     for key, value in changes.items():
         out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
