@@ -91,7 +91,20 @@ def load_folder(files: ModelSource, section: Any, dtype: torch.dtype, device: to
             where=str(files.folder),
             hint="they would stay random: the folder is damaged, or not a model that generates text",
         )
+    if section.quantization == "4bit":
+        _keep_differentiable(model)
     return model
+
+
+def _keep_differentiable(model: Any) -> None:
+    """No repacking of 4-bit weights by a forward in evaluation mode on a CPU.
+
+    bitsandbytes multiplies repacked weights without a gradient, so that after one generation the adapters of all layers but
+    the last would train on wrong gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _auto_class(config: Any) -> Any:

@@ -6,6 +6,7 @@ Guarantee: load after save gives the same bytes back; nothing is unpickled; what
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def save_state(core: TrainCore, folder: Path, extra: dict[str, Any]) -> None:
     masters = {n: m.detach().contiguous().cpu() for n, m in zip(weights.names, weights.masters, strict=True)}
     save_file(masters, folder / MASTERS)
     tensors, scalars = torch_optim.state_tensors(core.optimizer, weights.names, weights.masters)
-    save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, folder / OPTIMIZER)
+    save_file(_apart(tensors), folder / OPTIMIZER)
     record = {
         "format": FORMAT,
         "optimizer": type(core.optimizer).__name__,
@@ -40,6 +41,17 @@ def save_state(core: TrainCore, folder: Path, extra: dict[str, Any]) -> None:
         **extra,
     }
     (folder / TRAINER).write_text(json.dumps(record, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in host memory of their own: 8-bit states of all parameters share their code books."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, value in tensors.items():
+        host = value.contiguous().cpu()
+        found[key] = host.clone() if host.data_ptr() in seen else host
+        seen.add(host.data_ptr())
+    return found
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

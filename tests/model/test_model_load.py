@@ -410,6 +410,34 @@ def test_quantization_is_explained(folders: dict[str, Path], monkeypatch: pytest
         load_model(section(folders["llama"], quantization="4bit", adapter=lora()))
 
 
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_adapters_over_quantized_weights_have_the_same_gradients_after_generating(
+    folders: dict[str, Path], bits: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    loaded = load_model(section(folders["llama"], quantization=bits, adapter=lora(), device="cpu"))
+    model = loaded.model
+    ids = torch.arange(5, 17).view(2, 6)
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    for name, one in trained.items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(one, std=0.1)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: one.grad.clone() for name, one in trained.items() if one.grad is not None}
+
+    before = gradients()
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=ids)
+    after = gradients()
+    assert len(before) == len(trained) and all(one.abs().max() > 0 for one in before.values())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_what_cannot_be_loaded_is_a_data_error(folders: dict[str, Path], tmp_path: Path) -> None:
     own = shutil.copytree(folders["llama"], tmp_path / "own")
     config = json.loads((own / "config.json").read_text())

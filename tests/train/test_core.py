@@ -326,6 +326,23 @@ def test_unknown_optimizers_and_missing_packages_say_so(monkeypatch: pytest.Monk
         TrainCore(model("llama"), StepSettings(optimizer="adamw_8bit"))
 
 
+def test_an_8_bit_optimizer_is_saved_and_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = StepSettings(optimizer="adamw_8bit")
+    whole, first, second = (TrainCore(model("llama", hidden_size=64, vocab_size=128), settings) for _ in range(3))
+    rows = some_rows("llama")
+    for core in (whole, first):
+        core.step(rows, learning_rate=1e-3, seed=0)
+    torch_state.save_state(first, tmp_path, {})
+    torch_state.load_state(second, tmp_path)
+    for core in (whole, second):
+        core.step(rows, learning_rate=1e-3, seed=1)
+    states = [core.optimizer.state[core.weights.masters[0]] for core in (whole, second) if core.optimizer is not None]
+    assert any(value.dtype == torch.uint8 for value in states[0].values() if isinstance(value, torch.Tensor))
+    for one, other in zip(whole.weights.masters, second.weights.masters, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_plan_has_every_row_once_and_keeps_to_its_budget(packed: bool) -> None:
     rows = some_rows("llama", 40)
