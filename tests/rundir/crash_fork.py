@@ -44,7 +44,7 @@ def in_child(
             os.dup2(writer, 1)
             os.dup2(writer, 2)
             # pytest has put others in their place
-            sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))
+            sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding="utf-8", closefd=False) for fd in (1, 2))
             if prepare is not None:
                 prepare()
             code = _call(work)
