@@ -251,7 +251,8 @@ def test_the_lock_is_free_at_once_after_kill_9_and_a_child_cannot_keep_it(tmp_pa
     code = (
         "import os, sys, time; from iterative_sft_cli.rundir import RunDir; run = RunDir.open(sys.argv[1]);"
         "child = os.fork() if hasattr(os, 'fork') else 1;"
-        "print('held' if child else 'let go', flush=True); time.sleep(30)"
+        # one write a line, whatever buffering the environment asks for: two processes share this pipe
+        "os.write(1, b'held\\n' if child else b'let go\\n'); time.sleep(30)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
