@@ -229,6 +229,36 @@ def test_nothing_accepted_stops_with_the_reason_and_goes_on_when_mended(toy, tmp
     assert "loss" not in rows(tmp_path / "run" / "stats.jsonl")[-1]
 
 
+@pytest.mark.parametrize("start_from", ["previous", "base"])
+def test_a_skipped_round_touches_neither_weights_nor_optimizer_nor_schedule(toy, tmp_path, start_from):
+    train = {"start_from": start_from, "steps": 4, "epochs": None, "lr_schedule": "continue"}
+    filters = ["finished", {"length": {"max": {"by_round": [100, 1, 100]}}}]
+
+    def files(key: str) -> dict[str, bytes]:
+        """The checkpoint but for its place in the run."""
+        folder = tmp_path / "run" / "checkpoints" / key
+        own = {"MANIFEST.json", "run.json", "state.json"}
+        return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in own}
+
+    def until(last_round: int) -> dict[str, bytes]:
+        """Run on to the end of that round, before an older checkpoint loses its optimizer."""
+        guards = {"on_empty": "skip", "stop_if": f"round == {last_round}"}
+        with pytest.raises(GuardStop):
+            run(toy(train=train, filters=filters, guards=guards))
+        return files(f"{last_round:04d}")
+
+    first = until(1)
+    assert len(first) == (2 if start_from == "previous" else 1)
+    assert until(2) == first
+    run(toy(train=train, filters=filters, guards={"on_empty": "skip"}))
+    assert files("0003") != first
+    ledger = rows(tmp_path / "run" / "ledger.jsonl")
+    rates = [(row["round"], row["learning_rate"]) for row in ledger if row["event"] == "step"]
+    assert rates == [(r, pytest.approx(0.1 * (1 - (4 * (r - 1) + i) / 12))) for r in (1, 3) for i in range(4)]
+    skipped = [row for row in rows(tmp_path / "run" / "stats.jsonl") if row["round"] == 2]
+    assert [row["filters/num_accepted"] for row in skipped] == [0]
+
+
 def test_on_empty_fail_is_exit_4(toy):
     with pytest.raises(DataError) as caught:
         run(toy(rounds=1, filters=[{"length": {"max": 1}}], guards={"on_empty": "fail"}))
