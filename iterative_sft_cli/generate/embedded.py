@@ -19,12 +19,12 @@ from iterative_sft_cli.generate.base import EngineOutOfMemory
 from iterative_sft_cli.generate.embedded_fallback import generate_with_model
 from iterative_sft_cli.generate.embedded_lean import LeanDecoder, refusal
 from iterative_sft_cli.generate.embedded_module import ATTENTION, Decoder, ModuleDecoder
+from iterative_sft_cli.generate.embedded_native import kernels
 from iterative_sft_cli.generate.embedded_plan import make_plan
 from iterative_sft_cli.generate.embedded_probe import EXACT, decoder_error, difference, expected, granted
 from iterative_sft_cli.generate.embedded_shard import Shard, schedule
 from iterative_sft_cli.generate.embedded_streams import deal, run_streams
 from iterative_sft_cli.generate.embedded_weights import Replica, can_merge
-from iterative_sft_cli.generate.native import kernels_fingerprint
 from iterative_sft_cli.tensor_files import read_headers, weight_files
 from iterative_sft_cli.types import Completion, Decoding, Request
 
@@ -56,7 +56,7 @@ class EmbeddedEngine:
     def kernels(self) -> str | None:
         """What the C kernels that may take part are made from, None without any: bytes depend on it."""
         native = self._device().type == "cpu" and self._compute_dtype() == torch.bfloat16
-        return kernels_fingerprint() if native else None
+        return kernels() if native else None
 
     def begin(self, weights: Path | None) -> None:
         """Serve the trainer's weights as they are now (None), or those of a Hugging Face or adapter folder."""
@@ -193,7 +193,9 @@ class EmbeddedEngine:
         why = _unsupported(model)
         if why is None:
             want = expected(reference, vocab)
-            other = model if reference is not model else _with_attention(model, "eager")
+            # what rounding does shows against float32, else between two forwards of the model's own
+            exact = next(reference.parameters()).dtype == torch.float32
+            other = model if exact else _with_attention(model, "eager")
             limit = granted(dtype, 0.0 if dtype == torch.float32 else difference(want, expected(other, vocab)))
             for make in self._candidates(reference):
                 try:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from iterative_sft_cli.generate.native import load_kernels
+from iterative_sft_cli.native import fingerprint, load
 
+_VERSION = 1
 _WIDEST = 256
 _MOST_QUERIES = 4096
 _MOST_BLOCKS = 255
@@ -46,7 +47,12 @@ class _Step(ctypes.Structure):
 def offered(dtype: torch.dtype, device: torch.device, width: int, value_width: int, group: int) -> bool:
     """Whether the kernels take such attention, and are there."""
     fits = all(w % 16 == 0 and 0 < w <= _WIDEST for w in (width, value_width)) and group * width <= _MOST_QUERIES
-    return dtype == torch.bfloat16 and device.type == "cpu" and fits and load_kernels() is not None
+    return dtype == torch.bfloat16 and device.type == "cpu" and fits and load("decoding", _VERSION) is not None
+
+
+def kernels() -> str | None:
+    """`fingerprint` of the kernels in use; None without them."""
+    return fingerprint(load("decoding", _VERSION))
 
 
 class NativeStep:
@@ -64,7 +70,7 @@ class NativeStep:
         clock: int,
         blocks: Sequence[tuple[int, int, torch.Tensor, torch.Tensor]],
     ) -> None:
-        library = load_kernels()
+        library = load("decoding", _VERSION)
         assert library is not None and len(blocks) <= _MOST_BLOCKS
         self._call = library.isft_attend
         self.rows = len(slot)
@@ -121,7 +127,7 @@ class NativeStep:
 
 def native_norm(width: int, dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor] | None:
     """RMS norm of bfloat16 rows [rows, width] as (x, weight, epsilon) -> tensor; None where the kernel does not serve."""
-    library = load_kernels()
+    library = load("decoding", _VERSION)
     if library is None or dtype != torch.bfloat16 or device.type != "cpu" or width % 16:
         return None
     call: Any = library.isft_rms_norm

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iterative_sft_cli.native import load
+from iterative_sft_cli.native import fingerprint, load
 
 _VERSION = 1
 _SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -29,9 +28,8 @@ def offered(x: Tensor, width: int) -> bool:
 
 
 def kernels() -> str | None:
-    """What the kernels in use were made from (sources, flags, compiler, processor); None without them. Bytes depend on it."""
-    library = load("training", _VERSION)
-    return None if library is None else Path(library._name).stem
+    """`fingerprint` of the kernels in use; None without them."""
+    return fingerprint(load("training", _VERSION))
 
 
 def attends(x: Tensor, width: int) -> bool:

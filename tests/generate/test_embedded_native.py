@@ -1,25 +1,18 @@
-"""The C kernels: their numbers beside float64, and which libraries are ever loaded."""
+"""The decoding kernels in C: their numbers beside float64."""
 
 from __future__ import annotations
-
-import os
-import shutil
-import stat
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from helpers_generate import engine_of, loaded_of
 
-import iterative_sft_cli.generate.native as native
+from iterative_sft_cli import native
 from iterative_sft_cli.generate.embedded import EmbeddedEngine
 from iterative_sft_cli.generate.embedded_cache import BlockCache
 from iterative_sft_cli.generate.embedded_native import native_norm
 
-needs_compiler = pytest.mark.skipif(native.load_kernels() is None, reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(native.load("decoding", 1) is None, reason="no C compiler here")
 
 
 def half(*shape: int) -> torch.Tensor:
@@ -91,90 +84,9 @@ def test_the_engine_says_whether_kernels_take_part(monkeypatch: pytest.MonkeyPat
     engine = EmbeddedEngine(loaded_of(tiny.tiny_llama(), dtype=torch.bfloat16), encoder=None)
     assert engine.kernels
     monkeypatch.setenv("ISFT_NATIVE", "0")
-    native.load_kernels.cache_clear()
+    native.load.cache_clear()
     try:
         assert engine.kernels is None
         assert not BlockCache(1, 2, 1, 64, 64, torch.bfloat16, torch.device("cpu")).native
     finally:
-        native.load_kernels.cache_clear()
-
-
-@pytest.fixture
-def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of this user, and how often the compiler was called in `compiled`."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "FLAGS", ["-O0", "-fPIC", "-shared"])
-    native.load_kernels.cache_clear()
-    yield tmp_path
-    native.load_kernels.cache_clear()
-
-
-@needs_compiler
-def test_the_library_is_compiled_once_and_for_this_user_only(cache_home: Path) -> None:
-    assert native.load_kernels() is not None
-    (made,) = (cache_home / "isft").glob("*.so")
-    assert stat.S_IMODE(made.stat().st_mode) == 0o700 and stat.S_IMODE(made.parent.stat().st_mode) == 0o700
-    before = made.stat().st_mtime_ns
-    native.load_kernels.cache_clear()
-    assert native.load_kernels() is not None and made.stat().st_mtime_ns == before
-    assert native.kernels_fingerprint() == made.stem.removeprefix("kernels-")
-
-
-@needs_compiler
-@pytest.mark.parametrize("how", ["writable", "link"])
-def test_a_library_that_others_could_have_made_is_made_again(cache_home: Path, how: str) -> None:
-    native.load_kernels()
-    (made,) = (cache_home / "isft").glob("*.so")
-    inode = made.stat().st_ino
-    if how == "writable":
-        made.chmod(0o777)
-    else:
-        made.rename(cache_home / "elsewhere.so")
-        made.symlink_to(cache_home / "elsewhere.so")
-    native.load_kernels.cache_clear()
-    assert native.load_kernels() is not None
-    assert not made.is_symlink() and made.stat().st_ino != inode and stat.S_IMODE(made.stat().st_mode) == 0o700
-
-
-@needs_compiler
-def test_a_folder_that_others_may_write_to_is_not_used(cache_home: Path) -> None:
-    (cache_home / "isft").mkdir()
-    (cache_home / "isft").chmod(0o777)
-    assert native.load_kernels() is not None
-    assert not list((cache_home / "isft").iterdir())
-
-
-@pytest.mark.parametrize("broken", ["exit 1", ":", "false --version"])
-def test_without_a_working_compiler_torch_computes(
-    cache_home: Path, broken: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler = cache_home / "cc"
-    compiler.write_text(f"#!/bin/sh\n{broken}\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    assert native.load_kernels() is None and native.kernels_fingerprint() is None
-    monkeypatch.setenv("CC", "no-such-compiler")
-    native.load_kernels.cache_clear()
-    assert native.load_kernels() is None
-
-
-@needs_compiler
-def test_a_compiler_with_arguments(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", f"{shutil.which('cc') or shutil.which('gcc')} -g0")
-    assert native.load_kernels() is not None
-
-
-def test_the_wheel_holds_the_source() -> None:
-    builder = pytest.importorskip("hatchling.builders.wheel")
-    root = Path(native.__file__).parents[3]
-    files = {f.distribution_path for f in builder.WheelBuilder(str(root)).recurse_included_files()}
-    assert "iterative_sft_cli/generate/native/kernels.c" in files
-
-
-@needs_compiler
-@pytest.mark.skipif(sys.platform == "win32" or os.name != "posix", reason="asks the C compiler")
-def test_the_source_has_no_warnings() -> None:
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    command = [str(compiler), "-O2", "-march=native", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-fsyntax-only"]
-    done = subprocess.run([*command, str(native.SOURCE)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        native.load.cache_clear()

@@ -1,9 +1,7 @@
-"""The kernels in C, and the blocks that are computed with them, against the same in torch."""
+"""The training kernels in C, and the blocks that are computed with them, against the same in torch."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -282,32 +280,3 @@ def test_norms_are_fused_in_c_with_results_that_no_thread_count_changes() -> Non
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"ISFT_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}],
-    ids=lambda one: "-".join(one.values()),
-)
-def test_without_kernels_there_is_none(change: dict[str, str], tmp_path: Any) -> None:
-    code = "from iterative_sft_cli import native; raise SystemExit(native.load('training', 1) is not None)"
-    env = {"PATH": "/usr/bin:/bin", "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path), **change}
-    assert subprocess.run([sys.executable, "-c", code], env=env, check=False, capture_output=True).returncode == 0
-
-
-def test_a_library_that_others_could_write_is_made_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    sources = tmp_path / "small"
-    sources.mkdir()
-    (sources / "one.c").write_text("long isft_small_version(void) { return 1; }\n")
-    library = native._built("cc", sources)
-    made = library.stat().st_mtime_ns
-    assert native._built("cc", sources) == library and library.stat().st_mtime_ns == made
-    library.write_bytes(b"not ours")
-    library.chmod(0o777)
-    assert native._built("cc", sources) == library
-    assert library.stat().st_mode & 0o777 == 0o700 and library.stat().st_size > 100
-
-
-def test_a_library_of_another_version_is_not_used() -> None:
-    assert native.load("training", 99) is None

@@ -1,6 +1,6 @@
 /* AdamW as torch's fused one computes it, and the norm of gradients, which are read in the type that they are in. */
 
-#include "vectors.h"
+#include "../vectors.h"
 
 #define SHARE 65536
 

@@ -6,7 +6,7 @@
 
 #include <stdlib.h>
 
-#include "vectors.h"
+#include "../vectors.h"
 
 typedef struct {
     int64_t start, length, head; /* of a row, and one of its heads of keys and values */

@@ -1,6 +1,6 @@
 /* Norms, gates, rotary embedding and softmax, forward and backward, in float32 and bfloat16; sums are taken in float32. */
 
-#include "vectors.h"
+#include "../vectors.h"
 
 #define T float
 #define LOAD load_float

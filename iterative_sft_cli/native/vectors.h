@@ -1,4 +1,4 @@
-/* Sixteen floats at a time, with the vector extensions of GCC and Clang. */
+/* Sixteen floats at a time, with the vector extensions of GCC and Clang, whatever the machine's vectors are. */
 
 #include <stdint.h>
 #include <string.h>

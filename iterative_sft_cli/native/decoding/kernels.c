@@ -1,53 +1,13 @@
 /* Decoding kernels for bfloat16 on CPUs, single-threaded: attention of one new token a row, rotary embedding, RMS norm.
  *
- * Written with the vector extensions of GCC and Clang: 16 floats at a time, whatever the machine's vectors are. Sums are taken
- * in float32; results are rounded to bfloat16 once. No function keeps state.
+ * Sums are taken in float32; results are rounded to bfloat16 once. No function keeps state.
  */
 
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define DOT_BF16 1
-#endif
-
-typedef float f16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-typedef uint32_t u16 __attribute__((vector_size(64)));
-typedef uint16_t h16 __attribute__((vector_size(32)));
+#include "../vectors.h"
 
 #define MAX_WIDTH 256
 #define MAX_GROUP 64
 #define MAX_SEGMENTS 256
-
-static inline f16 load(const uint16_t *p) {
-    h16 h;
-    memcpy(&h, p, sizeof h);
-    u16 u = __builtin_convertvector(h, u16) << 16;
-    f16 f;
-    memcpy(&f, &u, sizeof f);
-    return f;
-}
-
-/* To the nearest bfloat16, ties to even; NaN stays NaN. */
-static inline void store(uint16_t *p, f16 f) {
-    u16 u;
-    memcpy(&u, &f, sizeof u);
-    u16 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    u16 nan = (u16)(f != f);
-    rounded = (rounded & ~nan) | (0x7fc0 & nan);
-    h16 h = __builtin_convertvector(rounded, h16);
-    memcpy(p, &h, sizeof h);
-}
-
-static inline f16 all(float x) { return x - (f16){0}; }
-
-static inline float sum(f16 v) {
-    f16 a = v + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    a = a + __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    a = a + __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return a[0] + a[1];
-}
 
 /* The sums of 16 vectors as one vector: halves are added while they are interleaved. */
 static inline f16 sums(const f16 *v) {
@@ -65,83 +25,47 @@ static inline f16 sums(const f16 *v) {
            __builtin_shufflevector(c[0], c[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
-static inline f16 larger(f16 a, f16 b) {
-    i16 x, y, mask = a > b;
-    memcpy(&x, &a, sizeof x);
-    memcpy(&y, &b, sizeof y);
-    x = (x & mask) | (y & ~mask);
-    memcpy(&a, &x, sizeof a);
-    return a;
-}
-
-/* 2^x for x <= 0, relative error below 3e-7; below 2^-126 it is 2^-126. */
-static inline f16 power2(f16 x) {
-    f16 low = all(-126.0f);
-    x = larger(x, low);
-    i16 n = __builtin_convertvector(x - 0.5f, i16);
-    f16 f = x - __builtin_convertvector(n, f16);
-    f16 p = all(1.5403530e-4f);
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    i16 bits = (n + 127) << 23;
-    f16 scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
-}
-
 /* What stays the same for all layers of a step. Strides count elements; a tensor's layers lie `*_layer` apart. */
 typedef struct {
     int64_t rows, heads, kv_heads, width, value_width;
-    const uint16_t *prompt_keys, *prompt_values;
+    const bf16 *prompt_keys, *prompt_values;
     int64_t prompt_key_layer, prompt_value_layer, prompt_capacity;
     const int32_t *slot, *prompt_length, *born;
     int64_t num_blocks, clock;
-    uint16_t *const *block_keys, *const *block_values;
+    bf16 *const *block_keys, *const *block_values;
     const int64_t *block_key_layer, *block_value_layer, *block_start, *block_end;
 } Step;
 
 typedef struct {
-    const uint16_t *keys, *values;
+    const bf16 *keys, *values;
     int64_t count;
 } Segment;
 
 /* Turned by rotate_half: x[i] and x[i + width/2] are a pair. Without cosines it is only converted. */
-static inline void turn(const uint16_t *x, const float *cosine, const float *sine, int64_t width, float *out) {
+static inline void turn(const bf16 *x, const float *cosine, const float *sine, int64_t width, float *out) {
     int64_t half = width / 2;
     if (!cosine) {
-        for (int64_t i = 0; i < width; i += 16) {
-            f16 v = load(x + i);
-            memcpy(out + i, &v, sizeof v);
-        }
+        for (int64_t i = 0; i < width; i += 16) store_float(out + i, load_bf16(x + i));
         return;
     }
     for (int64_t i = 0; i < half; i += 16) {
-        f16 a = load(x + i), b = load(x + half + i), c, d, s, t;
-        memcpy(&c, cosine + i, sizeof c);
-        memcpy(&s, sine + i, sizeof s);
-        memcpy(&d, cosine + half + i, sizeof d);
-        memcpy(&t, sine + half + i, sizeof t);
-        f16 first = a * c - b * s, second = b * d + a * t;
-        memcpy(out + i, &first, sizeof first);
-        memcpy(out + half + i, &second, sizeof second);
+        f16 a = load_bf16(x + i), b = load_bf16(x + half + i);
+        store_float(out + i, a * load_float(cosine + i) - b * load_float(sine + i));
+        store_float(out + half + i, b * load_float(cosine + half + i) + a * load_float(sine + half + i));
     }
 }
 
 /* scores[g][t] of `count` keys for `group` queries; queries are float32 [group][width] and bfloat16 alike. */
 static inline __attribute__((always_inline)) void score(
-    const float *query, const uint16_t *query_half, int64_t group, int64_t width, const uint16_t *keys, int64_t count,
+    const float *query, const bf16 *query_half, int64_t group, int64_t width, const bf16 *keys, int64_t count,
     float *scores, int64_t row_of_scores) {
     for (int64_t t0 = 0; t0 < count; t0 += 16) {
         int64_t n = count - t0 < 16 ? count - t0 : 16;
         for (int64_t g = 0; g < group; g++) {
             f16 parts[16];
             for (int64_t t = 0; t < n; t++) {
-                const uint16_t *key = keys + (t0 + t) * width;
-#ifdef DOT_BF16
+                const bf16 *key = keys + (t0 + t) * width;
+#ifdef HAS_DOT
                 __m512 acc = _mm512_setzero_ps();
                 if (width % 32 == 0) {
                     for (int64_t i = 0; i < width; i += 32)
@@ -152,24 +76,19 @@ static inline __attribute__((always_inline)) void score(
                 }
 #endif
                 f16 part = all(0.0f);
-                for (int64_t i = 0; i < width; i += 16) {
-                    f16 q;
-                    memcpy(&q, query + g * width + i, sizeof q);
-                    part += q * load(key + i);
-                }
+                for (int64_t i = 0; i < width; i += 16) part += load_float(query + g * width + i) * load_bf16(key + i);
                 parts[t] = part;
             }
             for (int64_t t = n; t < 16; t++) parts[t] = all(0.0f);
-            f16 found = sums(parts);
             /* the scores have room for whole vectors */
-            memcpy(scores + g * row_of_scores + t0, &found, sizeof found);
+            store_float(scores + g * row_of_scores + t0, sums(parts));
         }
     }
 }
 
 /* out[g] += sum over t of weights[g][t] * values[t] */
 static inline __attribute__((always_inline)) void mix(
-    const float *weights, int64_t row_of_weights, int64_t group, int64_t width, const uint16_t *values, int64_t count,
+    const float *weights, int64_t row_of_weights, int64_t group, int64_t width, const bf16 *values, int64_t count,
     float *out) {
     for (int64_t i = 0; i < width; i += 64) {
         int64_t lanes = width - i < 64 ? width - i : 64;
@@ -177,15 +96,15 @@ static inline __attribute__((always_inline)) void mix(
             int64_t some = group - g < 3 ? group - g : 3;
             f16 acc[3][4];
             for (int64_t a = 0; a < some; a++)
-                for (int64_t l = 0; l < lanes / 16; l++) memcpy(&acc[a][l], out + (g + a) * width + i + 16 * l, sizeof(f16));
+                for (int64_t l = 0; l < lanes / 16; l++) acc[a][l] = load_float(out + (g + a) * width + i + 16 * l);
             if (some == 3 && lanes == 64) {
                 const float *w0 = weights + g * row_of_weights, *w1 = w0 + row_of_weights, *w2 = w1 + row_of_weights;
                 f16 a0 = acc[0][0], a1 = acc[0][1], a2 = acc[0][2], a3 = acc[0][3];
                 f16 b0 = acc[1][0], b1 = acc[1][1], b2 = acc[1][2], b3 = acc[1][3];
                 f16 c0 = acc[2][0], c1 = acc[2][1], c2 = acc[2][2], c3 = acc[2][3];
                 for (int64_t t = 0; t < count; t++) {
-                    const uint16_t *v = values + t * width + i;
-                    f16 x0 = load(v), x1 = load(v + 16), x2 = load(v + 32), x3 = load(v + 48);
+                    const bf16 *v = values + t * width + i;
+                    f16 x0 = load_bf16(v), x1 = load_bf16(v + 16), x2 = load_bf16(v + 32), x3 = load_bf16(v + 48);
                     a0 += w0[t] * x0, a1 += w0[t] * x1, a2 += w0[t] * x2, a3 += w0[t] * x3;
                     b0 += w1[t] * x0, b1 += w1[t] * x1, b2 += w1[t] * x2, b3 += w1[t] * x3;
                     c0 += w2[t] * x0, c1 += w2[t] * x1, c2 += w2[t] * x2, c3 += w2[t] * x3;
@@ -196,21 +115,21 @@ static inline __attribute__((always_inline)) void mix(
             } else {
                 for (int64_t t = 0; t < count; t++)
                     for (int64_t l = 0; l < lanes / 16; l++) {
-                        f16 x = load(values + t * width + i + 16 * l);
+                        f16 x = load_bf16(values + t * width + i + 16 * l);
                         for (int64_t a = 0; a < some; a++) acc[a][l] += weights[(g + a) * row_of_weights + t] * x;
                     }
             }
             for (int64_t a = 0; a < some; a++)
-                for (int64_t l = 0; l < lanes / 16; l++) memcpy(out + (g + a) * width + i + 16 * l, &acc[a][l], sizeof(f16));
+                for (int64_t l = 0; l < lanes / 16; l++) store_float(out + (g + a) * width + i + 16 * l, acc[a][l]);
         }
     }
 }
 
 static inline __attribute__((always_inline)) void attend_row(
-    const Step *s, int64_t layer, int64_t row, int64_t width, int64_t value_width, int64_t group, const uint16_t *query,
-    const float *cosine, const float *sine, float scale, float *scratch, uint16_t *out) {
+    const Step *s, int64_t layer, int64_t row, int64_t width, int64_t value_width, int64_t group, const bf16 *query,
+    const float *cosine, const float *sine, float scale, float *scratch, bf16 *out) {
     float queries[MAX_GROUP * 16 > MAX_WIDTH * 16 ? MAX_GROUP * 16 : MAX_WIDTH * 16];
-    uint16_t halves[sizeof queries / sizeof *queries];
+    bf16 halves[sizeof queries / sizeof *queries];
     float mixed[sizeof queries / sizeof *queries];
     Segment segments[MAX_SEGMENTS];
     for (int64_t head = 0; head < s->kv_heads; head++) {
@@ -232,11 +151,7 @@ static inline __attribute__((always_inline)) void attend_row(
         for (int64_t i = 0; i < num; i++) total += (segments[i].count + 15) / 16 * 16;
         for (int64_t g = 0; g < group; g++) {
             turn(query + (head * group + g) * width, cosine, sine, width, queries + g * width);
-            for (int64_t i = 0; i < width; i += 16) {
-                f16 q;
-                memcpy(&q, queries + g * width + i, sizeof q);
-                store(halves + g * width + i, q);
-            }
+            for (int64_t i = 0; i < width; i += 16) store_bf16(halves + g * width + i, load_float(queries + g * width + i));
         }
         int64_t at = 0;
         for (int64_t i = 0; i < num; i++) {
@@ -249,28 +164,15 @@ static inline __attribute__((always_inline)) void attend_row(
         for (int64_t g = 0; g < group; g++) {
             float *row_scores = scratch + g * total;
             f16 top = all(-1e30f), mass = all(0.0f);
+            for (int64_t t = 0; t < total; t += 16) top = larger(load_float(row_scores + t), top);
+            float most = largest(top), unit = scale * LOG2E;
             for (int64_t t = 0; t < total; t += 16) {
-                f16 v;
-                memcpy(&v, row_scores + t, sizeof v);
-                top = larger(v, top);
-            }
-            float largest = top[0];
-            for (int i = 1; i < 16; i++) largest = top[i] > largest ? top[i] : largest;
-            float unit = scale * 1.44269504f;
-            for (int64_t t = 0; t < total; t += 16) {
-                f16 v;
-                memcpy(&v, row_scores + t, sizeof v);
-                v = power2((v - largest) * unit);
+                f16 v = power2((load_float(row_scores + t) - most) * unit);
                 mass += v;
-                memcpy(row_scores + t, &v, sizeof v);
+                store_float(row_scores + t, v);
             }
             float share = 1.0f / sum(mass);
-            for (int64_t t = 0; t < total; t += 16) {
-                f16 v;
-                memcpy(&v, row_scores + t, sizeof v);
-                v *= share;
-                memcpy(row_scores + t, &v, sizeof v);
-            }
+            for (int64_t t = 0; t < total; t += 16) store_float(row_scores + t, load_float(row_scores + t) * share);
         }
         memset(mixed, 0, group * value_width * sizeof(float));
         at = 0;
@@ -278,21 +180,18 @@ static inline __attribute__((always_inline)) void attend_row(
             mix(scratch + at, total, group, value_width, segments[i].values, segments[i].count, mixed);
             at += (segments[i].count + 15) / 16 * 16;
         }
-        for (int64_t i = 0; i < group * value_width; i += 16) {
-            f16 v;
-            memcpy(&v, mixed + i, sizeof v);
-            store(out + head * group * value_width + i, v);
-        }
+        for (int64_t i = 0; i < group * value_width; i += 16)
+            store_bf16(out + head * group * value_width + i, load_float(mixed + i));
     }
 }
 
 /* Store the new keys (turned) and values of rows first..last-1 in the newest block, and attend. `cosine` and `sine` are float32
  * [rows][width], or null for queries and keys that are turned already. `scratch` holds heads / kv_heads * (longest row + 16 for
  * each block) floats. Scores are taken before `scale`. */
-void isft_attend(
-    const Step *s, int64_t layer, int64_t first, int64_t last, const uint16_t *query, int64_t query_row, const uint16_t *key,
-    int64_t key_row, const uint16_t *value, int64_t value_row, const float *cosine, const float *sine, float scale,
-    float *scratch, uint16_t *out) {
+EXPORT void isft_attend(
+    const Step *s, int64_t layer, int64_t first, int64_t last, const bf16 *query, int64_t query_row, const bf16 *key,
+    int64_t key_row, const bf16 *value, int64_t value_row, const float *cosine, const float *sine, float scale,
+    float *scratch, bf16 *out) {
     int64_t width = s->width, value_width = s->value_width, group = s->heads / s->kv_heads;
     int64_t newest = s->num_blocks - 1, columns = s->block_end[newest] - s->block_start[newest];
     int64_t column = s->clock - 1 - s->block_start[newest];
@@ -302,17 +201,13 @@ void isft_attend(
             float turned[MAX_WIDTH];
             int64_t at = (row * s->kv_heads + head) * columns + column;
             turn(key + row * key_row + head * width, c, si, width, turned);
-            uint16_t *place = s->block_keys[newest] + layer * s->block_key_layer[newest] + at * width;
-            for (int64_t i = 0; i < width; i += 16) {
-                f16 v;
-                memcpy(&v, turned + i, sizeof v);
-                store(place + i, v);
-            }
+            bf16 *place = s->block_keys[newest] + layer * s->block_key_layer[newest] + at * width;
+            for (int64_t i = 0; i < width; i += 16) store_bf16(place + i, load_float(turned + i));
             memcpy(s->block_values[newest] + layer * s->block_value_layer[newest] + at * value_width,
-                   value + row * value_row + head * value_width, value_width * sizeof(uint16_t));
+                   value + row * value_row + head * value_width, value_width * sizeof(bf16));
         }
-        const uint16_t *q = query + row * query_row;
-        uint16_t *o = out + row * s->heads * value_width;
+        const bf16 *q = query + row * query_row;
+        bf16 *o = out + row * s->heads * value_width;
         if (width == 64 && value_width == 64 && group == 3)
             attend_row(s, layer, row, 64, 64, 3, q, c, si, scale, scratch, o);
         else if (width == 64 && value_width == 64)
@@ -325,19 +220,21 @@ void isft_attend(
 }
 
 /* out = x / sqrt(mean(x^2) + epsilon) * weight, each row of `width` (a multiple of 16). */
-void isft_rms_norm(const uint16_t *x, const uint16_t *weight, int64_t rows, int64_t width, float epsilon, uint16_t *out) {
+EXPORT void isft_rms_norm(
+    const bf16 *x, const bf16 *weight, int64_t rows, int64_t width, float epsilon, bf16 *out) {
     for (int64_t row = 0; row < rows; row++) {
-        const uint16_t *from = x + row * width;
+        const bf16 *from = x + row * width;
         f16 squares = all(0.0f);
         for (int64_t i = 0; i < width; i += 16) {
-            f16 v = load(from + i);
+            f16 v = load_bf16(from + i);
             squares += v * v;
         }
         float mean = sum(squares) / (float)width + epsilon;
         float factor = 1.0f / __builtin_sqrtf(mean);
-        for (int64_t i = 0; i < width; i += 16) store(out + row * width + i, load(from + i) * factor * load(weight + i));
+        for (int64_t i = 0; i < width; i += 16)
+            store_bf16(out + row * width + i, load_bf16(from + i) * factor * load_bf16(weight + i));
     }
 }
 
 /* Changes whenever a signature does. */
-int64_t isft_version(void) { return 1; }
+EXPORT int64_t isft_decoding_version(void) { return 1; }
