@@ -12,6 +12,7 @@ from helpers_generate import ByteEncoder, engine_of, loaded_of, requests_of, run
 from test_embedded_exact import by_generate, sharper
 
 from iterative_sft_cli.generate import embedded
+from iterative_sft_cli.generate import embedded_probe
 from iterative_sft_cli.generate.embedded import EmbeddedEngine
 from iterative_sft_cli.generate.embedded_lean import LeanDecoder
 from iterative_sft_cli.generate.embedded_module import ModuleDecoder
@@ -109,6 +110,13 @@ def test_what_cannot_be_merged_stays_an_adapter() -> None:
     model = with_adapter(sharper(tiny.tiny_llama()), use_dora=True)
     engine = engine_of(model)
     assert list(tokens_of(engine)) == by_generate(model, requests_of([6])[0], 25)
+
+
+def test_rounding_of_a_model_in_bfloat16_shows_between_two_forwards_of_its_own(monkeypatch: Any) -> None:
+    """The frozen weights under an adapter: their copy is the same numbers, so that against it nothing would be granted."""
+    monkeypatch.setattr(embedded_probe, "HALF", 0.0)
+    model = with_adapter(sharper(tiny.tiny_llama()).bfloat16(), seed=None)
+    assert isinstance(engine_of(model, dtype=torch.bfloat16)._decoder, LeanDecoder)
 
 
 def test_weights_of_a_folder(tmp_path: Path) -> None:
