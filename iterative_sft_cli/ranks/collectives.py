@@ -16,7 +16,7 @@ from iterative_sft_cli.ranks.placement import interface_towards
 
 
 def open_collectives(link: Link, parts: Any) -> None:
-    """Make the process group of all ranks, for a learner that shares out steps."""
+    """Make the process group of all ranks, for a learner that shares out steps. Raises RankError when one dies meanwhile."""
     if getattr(parts.learner, "shares", None) is None:
         return
     import torch
@@ -31,15 +31,18 @@ def open_collectives(link: Link, parts: Any) -> None:
     # the CPU half carries what lies on the host, such as the optimizer's step counts
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     link.meet()
-    dist.init_process_group(
-        backend,
-        store=link.store,
-        rank=link.rank,
-        world_size=link.size,
-        timeout=timedelta(seconds=link.patience.collective_s),
-    )
-    torch_ranks.door = link.meet
-    parts.learner.spread(None)
+    try:
+        dist.init_process_group(
+            backend,
+            store=link.store,
+            rank=link.rank,
+            world_size=link.size,
+            timeout=timedelta(seconds=link.patience.collective_s),
+        )
+        torch_ranks.door = link.meet
+        parts.learner.spread(None)
+    except RuntimeError as error:
+        raise link.blame(error) from error
 
 
 def close_collectives() -> None:

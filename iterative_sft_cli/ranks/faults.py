@@ -56,6 +56,11 @@ def failure_of(said: dict[str, Any]) -> Exception:
     return found
 
 
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether torch says that a collective lost the other side."""
+    return isinstance(error, RuntimeError) and ("gloo/" in str(error) or type(error).__name__ == "DistBackendError")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, without torch's C++ trace."""
     return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -25,8 +25,8 @@ SLICE_S = 1.0
 """A wait on the store is cut into slices of this length; between them the rank looks whether the others are there."""
 SURFACE_S = 15.0
 """How long a main thread has to raise what was found before the process is ended from beside it."""
-
-
+ABSENT_S = 30.0
+"""How long rank 0 stays at its end for ranks that have not come yet: they are to hear how it ended."""
 CONNECT_S = 110.0
 """How long a rank tries to reach the store: rank 0 opens it first of all, so that one that does not come has died."""
 
@@ -227,10 +227,13 @@ class Link:
 
     def _end(self, code: int, text: str) -> None:
         self._store.set("end", pack({"code": code, "text": text}))
-        deadline = time.monotonic() + SURFACE_S
-        living = [r for r in range(1, self.size) if r not in self._dead and self._store.check([f"here/{r}"])]
-        while living and time.monotonic() < deadline:
-            living = [rank for rank in living if not self._store.check([f"gone/{rank}"])]
+        start = time.monotonic()
+        left = [rank for rank in range(1, self.size) if rank not in self._dead]
+        while left:
+            left = [rank for rank in left if not self._store.check([f"gone/{rank}"])]
+            waited = time.monotonic() - start
+            if waited > SURFACE_S:
+                left = [rank for rank in left if waited < ABSENT_S and not self._store.check([f"here/{rank}"])]
             if all(child.poll() is not None for child in self.children) and self.children:
                 return
             time.sleep(0.02)

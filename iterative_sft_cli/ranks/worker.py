@@ -18,7 +18,7 @@ from typing import Any
 from iterative_sft_cli.errors import EXIT_STORAGE, IsftError
 from iterative_sft_cli.generate.base import EngineOutOfMemory
 from iterative_sft_cli.ranks.collectives import open_collectives
-from iterative_sft_cli.ranks.faults import Ended, RankError
+from iterative_sft_cli.ranks.faults import Ended, RankError, is_broken_connection
 from iterative_sft_cli.ranks.learner import problem_of, take_part
 from iterative_sft_cli.ranks.link import Link
 from iterative_sft_cli.ranks.placement import Placement
@@ -78,7 +78,7 @@ class Worker:
             self.learner, self.engine = parts.learner, parts.engine
             link.put(f"ready/{link.rank}", parts.base_hash)
             open_collectives(link, parts)
-        except Ended:
+        except (Ended, RankError):
             raise
         except Exception as error:
             self._fail(error)
@@ -96,6 +96,8 @@ class Worker:
 
     def _fail(self, error: Exception) -> None:
         """Tell rank 0, whose run this ends, and wait for that end."""
+        if is_broken_connection(error):
+            raise self.link.blame(error) from error
         if not isinstance(error, IsftError):
             traceback.print_exc()
         self.link.fail(problem_of(error))

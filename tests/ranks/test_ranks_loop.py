@@ -63,6 +63,14 @@ def test_a_filter_that_fails_on_rank_0_ends_every_rank(forks, tmp_path, said):
     assert "ValueError" in said(0) or "no" in said(0)
 
 
+def test_a_rank_that_comes_after_the_end_hears_of_it(forks, tmp_path):
+    config = write_toy_many(tmp_path, "run", rounds=1)
+    assert forks.run(tmp_path, 1, "train", str(config)) == [0]
+    late = tmp_path / "late.py"
+    late.write_text("import time\nif RANK:\n    time.sleep(2)\n")
+    assert forks.run(tmp_path, 2, "train", str(config), before=late, **QUICK) == [0, 0]
+
+
 def wait_for(condition, seconds=20.0):
     deadline = time.monotonic() + seconds
     while not condition():

@@ -80,6 +80,19 @@ def test_a_step_that_a_signal_cuts_short_is_taken_on_no_rank(forks, tmp_path, ti
     }
 
 
+def test_a_rank_that_dies_within_a_collective_is_named_and_nothing_else_is_said(forks, tmp_path, tiny_model, said):
+    hook = tmp_path / "die.py"
+    hook.write_text(
+        "import os, signal\n"
+        "import torch.distributed as dist\n"
+        "if RANK == 0:\n"
+        "    dist.broadcast = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    config = write_tiny(tmp_path, "run", tiny_model)
+    assert forks.run(tmp_path, 2, "train", str(config), before=hook, **QUICK) == [-9, 4]
+    assert said(1).startswith("isft: rank 1 (") and "lost the store of rank 0" in said(1), said(1)
+
+
 FSDP = {"train": {"parallel": "fsdp2"}}
 
 
