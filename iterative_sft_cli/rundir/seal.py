@@ -88,7 +88,8 @@ class Shards:
             self._fs.unlink(temp)
         try:
             self._fs.create(temp, data, sync="shard.data")
-            self._fs.publish(folder / (name + SEAL), seal, data_label="seal.data", dir_label=None)
+            # the folder too: of two renames a disk may keep the later one alone, and a shard without a seal looks damaged
+            self._fs.publish(folder / (name + SEAL), seal, data_label="seal.data", dir_label="seal.dir")
         except BaseException:
             self._fs.discard(temp)
             raise

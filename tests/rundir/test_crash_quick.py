@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 import sys
@@ -16,6 +17,7 @@ import crash_process
 import pytest
 import toy_loop
 from crash_base import Tally, empty
+from disk_model import Disk
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals, fork and POSIX renames")
 
@@ -50,6 +52,16 @@ def test_a_refused_operation_is_exit_4_with_its_path_and_can_be_resumed(root: Pa
 
 def test_no_power_cut_harms_or_loses_what_was_reported_saved(root: Path) -> None:
     held(crash_power.power_loss(root, limit=200), 200)
+
+
+def test_no_power_cut_between_two_renames_of_a_shard_looks_like_damage(root: Path) -> None:
+    """A disk may keep the later of two renames alone; the shards after a checkpoint are the ones that nothing else tells of."""
+    log, gold = crash_power.record(empty(root))
+    shown = [at for at, entry in enumerate(log) if entry.kind == "sync" and entry.label == "shard.dir"]
+    disk, rng = Disk(log), random.Random(0)
+    for at in shown[-3:]:
+        for state in disk.states(at, rng=rng, num_random=0, few=True):
+            assert crash_power.check_state(state, root, gold) is None
 
 
 def test_every_sync_is_needed_and_the_simulator_sees_it(root: Path) -> None:
