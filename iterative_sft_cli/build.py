@@ -272,11 +272,13 @@ def seed_rows(section: Any, train: Any, encoder: Any, base_dir: Path) -> list[Tr
 
 def cut_row(row: TrainRow, max_length: int | None, mode: str, where: str) -> TrainRow:
     """A seed row of at most `max_length` tokens, its end or its start kept. Raises DataError when nothing trained is left."""
+    from iterative_sft_cli.encoding import IGNORE
+
     if max_length is None or len(row.input_ids) <= max_length:
         return row
     part = slice(-max_length, None) if mode == "keep_end" else slice(max_length)
     cut = replace(row, input_ids=row.input_ids[part], labels=row.labels[part])
-    if all(label == -100 for label in cut.labels):
+    if all(label == IGNORE for label in cut.labels):
         raise DataError(
             f"{len(row.input_ids)} tokens, cut to {max_length} with {mode}, leave nothing to train on",
             where=where,

@@ -275,30 +275,9 @@ class TrainCore:
 
     def check_rows(self, rows: Sequence[TrainRow]) -> None:
         """Raises DataError naming the row for what the model cannot be trained on."""
+        needed = needs_ref_logprobs(self.objective)
         for row in rows:
-            if not row.input_ids:
-                raise DataError("no tokens", where=f"sample {row.sample_id}")
-            if not self.is_encoder_decoder and len(row.labels) != len(row.input_ids):
-                raise DataError(
-                    f"{len(row.labels)} labels for {len(row.input_ids)} input ids", where=f"sample {row.sample_id}"
-                )
-            if not math.isfinite(row.weight):
-                raise DataError(f"weight {row.weight} is not finite", where=f"sample {row.sample_id}")
-            trained = torch_rows.num_trained(row, self.is_encoder_decoder)
-            if not trained:
-                raise DataError("no trained token (all labels are -100)", where=f"sample {row.sample_id}")
-            for token in (*row.input_ids, *(label for label in row.labels if label != torch_rows.IGNORE)):
-                if not 0 <= token < self.vocab_size:
-                    raise DataError(
-                        f"token id {token} is outside the embedding of {self.vocab_size} rows",
-                        where=f"sample {row.sample_id}",
-                    )
-            if needs_ref_logprobs(self.objective) and (row.ref_logprobs is None or len(row.ref_logprobs) != trained):
-                got = "none" if row.ref_logprobs is None else len(row.ref_logprobs)
-                raise DataError(
-                    f"the objective needs one ref_logprob for each of {trained} trained tokens, got {got}",
-                    where=f"sample {row.sample_id}",
-                )
+            torch_rows.check(row, self.is_encoder_decoder, self.vocab_size, needs_ref_logprobs=needed)
 
     def micro_batches(self, rows: Sequence[TrainRow], budget: int | None) -> list[MicroBatch]:
         """`rows` as micro-batches of at most `budget` tokens."""
@@ -355,6 +334,13 @@ class TrainCore:
         finally:
             self.model.train(training)
         grads = torch_ranks.sum_gradients(grads, self.weights.masters)
+        return self._finish(loss, grads, (tokens, trained, samples), learning_rate, number)
+
+    def _finish(
+        self, loss: Tensor, grads: list[Tensor | None], counts: Sequence[int], learning_rate: float | None, number: int
+    ) -> StepResult:
+        """Apply this step's gradients. `counts` are tokens, trained tokens and samples of all ranks, `loss` is this rank's sum."""
+        tokens, trained, samples = counts
         mean_loss = float(torch_ranks.sum_tensor(loss)) / trained
         norm = self._norm(grads)
         assert self.optimizer is not None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from iterative_sft_cli.encoding import IGNORE
 from iterative_sft_cli.train import torch_ranks, torch_rows
 from iterative_sft_cli.train.torch_core import TrainCore
 from iterative_sft_cli.train.torch_inputs import InputReader
@@ -87,7 +88,7 @@ def evaluate(
                 targets = batch.targets
                 logprobs = flat.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
                 width = logits.shape[1]
-                label = torch.full((len(chosen), width), torch_rows.IGNORE)
+                label = torch.full((len(chosen), width), IGNORE)
                 for number, row in enumerate(chosen):
                     label[number, : len(row.labels)] = torch.tensor(row.labels)
                 labels.append(label)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iterative_sft_cli.train.torch_rows import IGNORE
+from iterative_sft_cli.encoding import IGNORE
 from iterative_sft_cli.types import TrainRow
 
 

@@ -5,16 +5,17 @@ Guarantee: every row is in exactly one micro-batch, whole; position ids are expl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from iterative_sft_cli.encoding import IGNORE
+from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.types import TrainRow
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,31 @@ def num_trained(row: TrainRow, is_encoder_decoder: bool) -> int:
     """Labels of a row that are predicted; a causal model cannot predict the first token."""
     labels = row.labels if is_encoder_decoder else row.labels[1:]
     return sum(label != IGNORE for label in labels)
+
+
+def check(row: TrainRow, is_encoder_decoder: bool, vocab_size: int, *, needs_ref_logprobs: bool) -> None:
+    """Raises DataError, naming the row, for what a model of `vocab_size` cannot be trained on."""
+    if not row.input_ids:
+        raise DataError("no tokens", where=f"sample {row.sample_id}")
+    if not is_encoder_decoder and len(row.labels) != len(row.input_ids):
+        raise DataError(f"{len(row.labels)} labels for {len(row.input_ids)} input ids", where=f"sample {row.sample_id}")
+    if not math.isfinite(row.weight):
+        raise DataError(f"weight {row.weight} is not finite", where=f"sample {row.sample_id}")
+    trained = num_trained(row, is_encoder_decoder)
+    if not trained:
+        raise DataError("no trained token (all labels are -100)", where=f"sample {row.sample_id}")
+    for token in (*row.input_ids, *(label for label in row.labels if label != IGNORE)):
+        if not 0 <= token < vocab_size:
+            raise DataError(
+                f"token id {token} is outside the embedding of {vocab_size} rows",
+                where=f"sample {row.sample_id}",
+            )
+    if needs_ref_logprobs and (row.ref_logprobs is None or len(row.ref_logprobs) != trained):
+        got = "none" if row.ref_logprobs is None else len(row.ref_logprobs)
+        raise DataError(
+            f"the objective needs one ref_logprob for each of {trained} trained tokens, got {got}",
+            where=f"sample {row.sample_id}",
+        )
 
 
 def row_cost(row: TrainRow, is_encoder_decoder: bool) -> int:
@@ -181,47 +207,4 @@ def build(rows: Sequence[TrainRow], indices: Sequence[int], form: RowFormat) -> 
         lengths=tuple(lengths),
         packed=form.packed,
         num_tokens=sum(row_cost(row, form.is_encoder_decoder) for row in chosen),
-    )
-
-
-def from_collated(
-    batch: dict[str, Any], form: RowFormat, shifted_right: Callable[[Tensor], Tensor] | None
-) -> MicroBatch:
-    """A micro-batch from a caller's own collator; every key but `labels` goes to the model as it is.
-
-    Missing position ids are counted from the attention mask, so that left padding changes nothing. `shifted_right` makes
-    decoder inputs from labels where the collator made none. Raises ValueError without `labels` or of the wrong shape.
-    """
-    inputs = {key: value.to(form.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    labels = inputs.pop("labels", None)
-    ids = inputs.get("input_ids")
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or not isinstance(ids, Tensor):
-        raise ValueError("data_collator must return input_ids and labels, two-dimensional tensors")
-    mask = inputs.get("attention_mask")
-    shift = 0 if form.is_encoder_decoder else 1
-    trained = labels[:, shift:] != IGNORE
-    if shift and isinstance(mask, Tensor) and mask.dim() == 2:
-        trained = trained & mask[:, :-1].bool()  # a row's first token is not predicted from the padding before it
-    elif shift and isinstance(inputs.get("position_ids"), Tensor):
-        trained = trained & (inputs["position_ids"][:, 1:] != 0)  # nor from the row before it
-    if shift and form.position_ids and "position_ids" not in inputs:
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
-        else:
-            inputs["position_ids"] = torch.arange(ids.shape[1], device=form.device).expand(ids.shape[0], -1)
-    if form.is_encoder_decoder and "decoder_input_ids" not in inputs and shifted_right is not None:
-        inputs["decoder_input_ids"] = shifted_right(labels)
-    row, place = trained.nonzero(as_tuple=True)
-    real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones_like(ids)
-    lengths = tuple(int(count) for count in real.sum(-1))
-    return MicroBatch(
-        inputs=inputs,
-        positions=row * labels.shape[1] + place,
-        targets=labels[:, shift:][trained],
-        row=row,
-        weights=torch.ones(labels.shape[0], device=form.device),
-        ref_logprobs=None,
-        lengths=lengths,
-        packed=False,
-        num_tokens=sum(lengths) + (int((labels != IGNORE).sum()) if form.is_encoder_decoder else 0),
     )

@@ -6,13 +6,16 @@ Guarantee: everything the core reads is here, so the two doors train alike when 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from iterative_sft_cli.errors import ConfigError
+
+_OPEN_ENDED = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""Curves that need no end."""
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,17 @@ class Schedule:
     def __call__(self, step: int) -> float:
         """Learning rate of the 0-based optimizer step."""
         return float(self.peak * self._factor(step))
+
+
+def schedule_of_call(settings: StepSettings, *, num_steps: int, done: int, max_steps: int) -> Callable[[int], float]:
+    """The learning rate of each of the `num_steps` steps of one call, `done` steps into the trainer's life.
+
+    It spans `max_steps` where they are known (0: they are not), else the call; a curve without an end goes on from call to call.
+    """
+    if max_steps > 0:
+        whole = Schedule(settings, max_steps)
+        return lambda number: whole(done + number)
+    if settings.lr_scheduler_type in _OPEN_ENDED and (settings.warmup >= 1 or settings.warmup == 0):
+        endless = Schedule(settings, 1 << 40)
+        return lambda number: endless(done + number)
+    return Schedule(settings, max(1, num_steps))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.train import torch_memory, torch_optim, torch_ranks, torch_rows, torch_state
-from iterative_sft_cli.train.torch_core import NonFiniteLoss, StepResult, TrainCore
+from iterative_sft_cli.train.torch_core import StepResult, TrainCore
 from iterative_sft_cli.train.torch_rows import MicroBatch
 from iterative_sft_cli.train.torch_settings import StepSettings
 from iterative_sft_cli.train.torch_weights import Weights
@@ -206,19 +206,7 @@ class ShardedCore(TrainCore):
         finally:
             self.model.train(training)
         torch_ranks.meet()
-        mean_loss = float(torch_ranks.sum_tensor(loss)) / trained
-        norm = self._norm(grads)
-        assert self.optimizer is not None
-        if learning_rate is None:
-            learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        else:
-            torch_optim.set_learning_rate(self.optimizer, learning_rate)
-        finite = math.isfinite(mean_loss) and math.isfinite(norm)
-        if finite:
-            self._apply(grads, norm)
-        elif self.settings.on_nonfinite == "stop":
-            raise NonFiniteLoss(f"loss {mean_loss}, gradient norm {norm}: not finite", where="train")
-        return StepResult(mean_loss, tokens, trained, samples, learning_rate, norm, int(not finite), number)
+        return self._finish(loss, grads, (tokens, trained, samples), learning_rate, number)
 
     def _pass(self, batch: MicroBatch | None, trained: int) -> Tensor:
         assert batch is not None

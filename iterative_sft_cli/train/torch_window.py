@@ -1,4 +1,4 @@
-"""What is logged between two log rows, and when logging, evaluation and saving are due.
+"""What steps add up to, in a call of `step()` and between two log rows, and when logging, evaluation and saving are due.
 
 Guarantee: every step is in exactly one log row, token-weighted; fractions of `max_steps` are resolved once.
 """
@@ -6,6 +6,7 @@ Guarantee: every step is in exactly one log row, token-weighted; fractions of `m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerState
@@ -90,6 +91,25 @@ class LogWindow:
         """Undo `to_json`."""
         self._loss, self._trained, self._steps, self._skipped, last = values
         self._last = None if last is None else StepResult(*last)
+
+
+def statistics(results: Sequence[StepResult], seconds: float) -> dict[str, Any]:
+    """What `IterativeSFTTrainer.step()` returns for the steps of one call."""
+    taken = [result for result in results if not result.skipped_nonfinite]
+    trained = sum(result.num_trained_tokens for result in taken)
+    tokens = sum(result.num_tokens for result in results)
+    last = results[-1].to_dict() if results else {}
+    return {
+        "loss": sum(r.loss * r.num_trained_tokens for r in taken) / trained if trained else None,
+        "num_tokens": tokens,
+        "num_trained_tokens": sum(result.num_trained_tokens for result in results),
+        "num_samples": sum(result.num_samples for result in results),
+        "num_steps": len(results),
+        "learning_rate": last.get("learning_rate"),
+        "grad_norm": last.get("grad_norm"),
+        "tokens_per_second": tokens / seconds if results else 0.0,
+        "skipped_nonfinite": sum(result.skipped_nonfinite for result in results),
+    }
 
 
 def vars_of(result: StepResult) -> list[Any]:

@@ -19,16 +19,15 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from iterative_sft_cli.train import torch_checkpoints, torch_open, torch_ranks, torch_rows
 from iterative_sft_cli.train.base import TrainOutOfMemory
 from iterative_sft_cli.train.torch_arguments import IterativeSFTConfig, check_arguments, settings_from_arguments
+from iterative_sft_cli.train.torch_collator import collated
 from iterative_sft_cli.train.torch_core import StepResult, TrainCore, bare_model
 from iterative_sft_cli.train.torch_evaluate import evaluate, rows_of
 from iterative_sft_cli.train.torch_inputs import InputReader, fingerprint
-from iterative_sft_cli.train.torch_settings import Schedule
-from iterative_sft_cli.train.torch_window import LogWindow
+from iterative_sft_cli.train.torch_settings import schedule_of_call
+from iterative_sft_cli.train.torch_window import LogWindow, statistics
 from iterative_sft_cli.types import TrainRow, derive_seed
 
 __all__ = ["IterativeSFTConfig", "IterativeSFTTrainer"]
-
-_OPEN_ENDED = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
 class IterativeSFTTrainer:
@@ -229,7 +228,7 @@ class IterativeSFTTrainer:
             self._act()
             if self.args.max_steps > 0 and self.state.global_step >= self.args.max_steps:
                 self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        return self._statistics(results, time.perf_counter() - started)
+        return statistics(results, time.perf_counter() - started)
 
     def _one(self, rows: list[TrainRow], rate: float | None) -> StepResult:
         seed = derive_seed(self.args.seed, "step", self.state.global_step)
@@ -261,35 +260,20 @@ class IterativeSFTTrainer:
 
     def _collated(self, rows: list[TrainRow]) -> list[torch_rows.MicroBatch]:
         assert self.data_collator is not None
-        form = self.core.row_format().padded()
-        limit = self._budget or self.core.settings.micro_batch_tokens or self.core.auto_budget()
-        batches = []
-        for group in torch_rows.plan(rows, limit, packed=False, is_encoder_decoder=self.is_encoder_decoder):
-            features = [
-                {
-                    "input_ids": torch.tensor(rows[index].input_ids),
-                    "attention_mask": torch.ones(len(rows[index].input_ids), dtype=torch.long),
-                    "labels": torch.tensor(rows[index].labels),
-                }
-                for index in group
-            ]
-            shifted = getattr(bare_model(self.model), "prepare_decoder_input_ids_from_labels", None)
-            batches.append(torch_rows.from_collated(dict(self.data_collator(features)), form, shifted))
-        return batches
+        return collated(
+            rows,
+            self.data_collator,
+            budget=self._budget or self.core.settings.micro_batch_tokens or self.core.auto_budget(),
+            form=self.core.row_format().padded(),
+            shifted_right=getattr(bare_model(self.model), "prepare_decoder_input_ids_from_labels", None),
+        )
 
     def _schedule(self, num_steps: int) -> Callable[[int], float | None]:
         """Learning rate of each step of this call; None where a caller's own scheduler sets it."""
         if self.lr_scheduler is not None:
             return lambda _number: None
-        settings = self.core.settings
-        now = self.state.global_step - (self._inside[1] if self._inside else 0)
-        if self.args.max_steps > 0:
-            whole = Schedule(settings, self.args.max_steps)
-            return lambda number: whole(now + number)
-        if settings.lr_scheduler_type in _OPEN_ENDED and (settings.warmup >= 1 or settings.warmup == 0):
-            endless = Schedule(settings, 1 << 40)
-            return lambda number: endless(now + number)
-        return Schedule(settings, max(1, num_steps))
+        done = self.state.global_step - (self._inside[1] if self._inside else 0)
+        return schedule_of_call(self.core.settings, num_steps=num_steps, done=done, max_steps=self.args.max_steps)
 
     def _steps_done(self, marks: list[list[int]]) -> int:
         """Steps of this call that were taken before the state was saved."""
@@ -327,23 +311,6 @@ class IterativeSFTTrainer:
         if control.should_save:
             control.should_save = False
             self.save_checkpoint()
-
-    def _statistics(self, results: Sequence[StepResult], seconds: float) -> dict[str, Any]:
-        taken = [result for result in results if not result.skipped_nonfinite]
-        trained = sum(result.num_trained_tokens for result in taken)
-        tokens = sum(result.num_tokens for result in results)
-        last = results[-1].to_dict() if results else {}
-        return {
-            "loss": sum(r.loss * r.num_trained_tokens for r in taken) / trained if trained else None,
-            "num_tokens": tokens,
-            "num_trained_tokens": sum(result.num_trained_tokens for result in results),
-            "num_samples": sum(result.num_samples for result in results),
-            "num_steps": len(results),
-            "learning_rate": last.get("learning_rate"),
-            "grad_norm": last.get("grad_norm"),
-            "tokens_per_second": tokens / seconds if results else 0.0,
-            "skipped_nonfinite": sum(result.skipped_nonfinite for result in results),
-        }
 
     def _free_device_cache(self) -> None:
         gc.collect()
