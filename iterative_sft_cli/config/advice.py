@@ -17,7 +17,7 @@ def warnings(config: Config) -> Iterator[str]:
         yield "filters: there are none, so every sample is trained on (simple self-distillation)"
     starts, pools = values_over(config, config.train.start_from), values_over(config, config.train.data)
     if (
-        config.rounds > 3
+        config.rounds > 2
         and set(starts) == {"previous"}
         and set(map(str, pools)) == {"replace"}
         and config.train.mix is None

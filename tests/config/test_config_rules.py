@@ -187,7 +187,7 @@ def test_placeholders_are_filled_with_names_that_are_safe(tmp_path: Path) -> Non
     ("overrides", "piece"),
     [
         (["filters=[]", "eval=null"], "every sample is trained on"),
-        (["train.data=replace", "rounds=4"], "often collapses"),
+        (["train.data=replace", "rounds=3"], "often collapses"),
         (
             ["generate={do_sample: false, temperature: 0.5, samples_per_prompt: 1}", "eval=null"],
             "generate.temperature has no effect",
@@ -201,7 +201,7 @@ def test_what_will_probably_disappoint_is_said(tmp_path: Path, overrides: list[s
 
 
 @pytest.mark.parametrize(
-    "overrides", [["train.data=replace", "rounds=3"], ["train.data=replace", "train.start_from=base"]]
+    "overrides", [["train.data=replace", "rounds=2"], ["train.data=replace", "train.start_from=base"]]
 )
 def test_and_what_will_not_is_not(tmp_path: Path, overrides: list[str]) -> None:
     assert load(tmp_path, *overrides).warnings == []
