@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from iterative_sft_cli import __version__
-from iterative_sft_cli.cli import app, run
+from iterative_sft_cli.app import app
+from iterative_sft_cli.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate")

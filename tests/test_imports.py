@@ -17,7 +17,7 @@ LEVELS = [
     {"guards", "alarms", "console", "signals", "watchdog", "rounds", "harness"},
     {"loop", "build", "report", "recipes", "resume", "tracking"},
     {"experiment", "plan", "plan_memory", "ranks", "probe"},
-    {"cli", "commands"},
+    {"app", "cli", "commands"},
     {"__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from iterative_sft_cli import __version__
-from iterative_sft_cli.cli import AsJson, Config, Overrides, app, echo, print_json
+from iterative_sft_cli.app import AsJson, Config, Overrides, app, echo, print_json
 
 
 @app.callback(invoke_without_command=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from iterative_sft_cli.cli import AsJson, Config, Overrides, app, print_json
+from iterative_sft_cli.app import AsJson, Config, Overrides, app, print_json
 from iterative_sft_cli.errors import EXIT_CONFIG
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from iterative_sft_cli.cli import AsJson, app, print_json
+from iterative_sft_cli.app import AsJson, app, print_json
 from iterative_sft_cli.errors import EXIT_STORAGE, ConfigError, DataError
 
 MAX_BROKEN = 5

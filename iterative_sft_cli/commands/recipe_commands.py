@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from iterative_sft_cli.cli import AsJson, app, echo, print_json
+from iterative_sft_cli.app import AsJson, app, echo, print_json
 from iterative_sft_cli.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from iterative_sft_cli.cli import Config, Overrides, app
+from iterative_sft_cli.app import Config, Overrides, app
 from iterative_sft_cli.errors import ConfigError
 
 Limit = Annotated[
