@@ -16,7 +16,7 @@ import threading
 from typing import Any
 
 from iterative_sft_cli.filters import processes
-from iterative_sft_cli.filters.builtin.code_sandbox import MAX_OUTPUT_CHARS, CodeFailed, plain, raised
+from iterative_sft_cli.filters.builtin.code_program import MAX_OUTPUT_CHARS, CodeFailed, plain, raised
 
 _LIMITS = """
 import os, sys

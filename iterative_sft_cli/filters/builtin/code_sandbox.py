@@ -5,48 +5,19 @@ What the code does to its own interpreter cannot reach the comparison, which hap
 
 from __future__ import annotations
 
-import builtins
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
-MAX_OUTPUT_CHARS = 1_000_000
-MAX_DEPTH = 100
-
-
-class CodeFailed(Exception):
-    """The code is wrong; `reason` is the word for the statistics."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        self.reason = reason
-        super().__init__(message)
-
-
-class SandboxLacks(Exception):
-    """The sandbox cannot run this code, which says nothing about whether it is right."""
-
-
-class Program(Protocol):
-    """Model-written code, loaded, whose functions can be called with plain data."""
-
-    def call(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Raises CodeFailed, SandboxLacks, or the builtin exception that the code raised."""
-
-
-def plain(value: Any, depth: int = 0) -> bool:
-    """Whether a value is made of numbers, texts, None, and exact lists, tuples, dicts, sets and frozensets of such."""
-    kind = type(value)
-    if kind in PLAIN:
-        return True
-    if depth > MAX_DEPTH:
-        return False
-    if kind in (list, tuple, set, frozenset):
-        return all(plain(one, depth + 1) for one in value)
-    if kind is dict:
-        return all(plain(k, depth + 1) and plain(v, depth + 1) for k, v in value.items())
-    return False
+from iterative_sft_cli.filters.builtin.code_program import (
+    MAX_OUTPUT_CHARS,
+    CodeFailed,
+    Program,
+    SandboxLacks,
+    plain,
+    raised,
+)
 
 
 class CodeSandbox:
@@ -160,18 +131,6 @@ def _stand_in(program: Program, name: str, failure: list[CodeFailed | SandboxLac
         return result
 
     return call
-
-
-def raised(text: str) -> Exception:
-    """The builtin exception that `ValueError: text` names, so that a test can expect it; else RuntimeError."""
-    kind, _, message = text.rpartition("\n")[2].partition(":")
-    found = getattr(builtins, kind.strip(), None)
-    if isinstance(found, type) and issubclass(found, Exception):
-        try:
-            return found(message.strip())
-        except TypeError:
-            return RuntimeError(text)
-    return RuntimeError(text)
 
 
 class _MontyProgram:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from iterative_sft_cli.errors import DataError
-from iterative_sft_cli.filters.builtin.code_sandbox import CodeFailed, CodeSandbox, SandboxLacks
+from iterative_sft_cli.filters.builtin.code_program import CodeFailed, SandboxLacks
+from iterative_sft_cli.filters.builtin.code_sandbox import CodeSandbox
 from iterative_sft_cli.filters.builtin.keys import python_source
 from iterative_sft_cli.filters.builtin.spec import BuiltIn, decide
 from iterative_sft_cli.types import Sample, Verdict

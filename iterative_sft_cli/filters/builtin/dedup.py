@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from iterative_sft_cli.filters.builtin import keys
+from iterative_sft_cli.filters.builtin.keys import DUPLICATE, KEYS, Level, Scope, normalized
 from iterative_sft_cli.filters.builtin.spec import KEPT, BuiltIn
 from iterative_sft_cli.types import Sample, Verdict
 
-Level = Literal["exact", "normalized", "near", "equation_list", "ast"]
-Scope = Literal["prompt", "round", "run"]
 Tie = Literal["first", "shortest", "farthest"]
-
-KEYS: dict[str, Callable[[str], str]] = {
-    "exact": str.strip,
-    "normalized": keys.normalized,
-    "equation_list": keys.equation_list,
-    "ast": keys.syntax_tree,
-}
-DUPLICATE = Verdict(False, None, "duplicate")
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
@@ -60,11 +49,6 @@ SPEC = BuiltIn(
     check=_check,
     variant=_variant,
 )
-
-
-def prompt_key(sample: Sample) -> str:
-    """The prompt's content, so that one question under two ids counts as one."""
-    return sample.prompt if isinstance(sample.prompt, str) else json.dumps(sample.prompt, sort_keys=True, default=str)
 
 
 def dedup(
@@ -117,7 +101,7 @@ def _near(group: Sequence[Sample], similarity: float) -> list[Verdict]:
     kept: list[str] = []
     verdicts: list[Verdict] = []
     for sample in group:
-        text = keys.normalized(sample.completion)
+        text = normalized(sample.completion)
         if kept and process.extractOne(text, kept, scorer=fuzz.ratio, score_cutoff=similarity * 100) is not None:
             verdicts.append(DUPLICATE)
         else:

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from iterative_sft_cli.filters.builtin.dedup import DUPLICATE, Scope, prompt_key
-from iterative_sft_cli.filters.builtin.keys import normalized
+from iterative_sft_cli.filters.builtin.keys import DUPLICATE, Scope, normalized, prompt_key
 from iterative_sft_cli.filters.builtin.spec import KEPT
 from iterative_sft_cli.filters.context import Context
 from iterative_sft_cli.types import Sample, Verdict

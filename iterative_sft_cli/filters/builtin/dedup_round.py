@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from iterative_sft_cli.filters.builtin.dedup import DUPLICATE, KEYS, Level, Scope, prompt_key
+from iterative_sft_cli.filters.builtin.keys import DUPLICATE, KEYS, Level, Scope, prompt_key
 from iterative_sft_cli.filters.builtin.spec import KEPT
 from iterative_sft_cli.filters.context import Context
 from iterative_sft_cli.types import Sample, Verdict

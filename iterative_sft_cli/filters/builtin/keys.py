@@ -1,11 +1,20 @@
-"""What makes two completions the same: the keys of `dedup`, from bytes to equation lists and syntax trees."""
+"""What makes two completions the same, from bytes to equation lists and syntax trees: what the forms of `dedup` share."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import unicodedata
+from collections.abc import Callable
+from typing import Literal
 
+from iterative_sft_cli.types import Sample, Verdict
+
+Level = Literal["exact", "normalized", "near", "equation_list", "ast"]
+Scope = Literal["prompt", "round", "run"]
+
+DUPLICATE = Verdict(False, None, "duplicate")
 MAX_CODE_CHARS = 50_000
 
 _MARKED = re.compile(r"<<([^<>]{1,200})>>")
@@ -58,3 +67,17 @@ def syntax_tree(text: str) -> str:
         return "=" + ast.dump(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "~" + normalized(text)
+
+
+def prompt_key(sample: Sample) -> str:
+    """The prompt's content, so that one question under two ids counts as one."""
+    return sample.prompt if isinstance(sample.prompt, str) else json.dumps(sample.prompt, sort_keys=True, default=str)
+
+
+KEYS: dict[str, Callable[[str], str]] = {
+    "exact": str.strip,
+    "normalized": normalized,
+    "equation_list": equation_list,
+    "ast": syntax_tree,
+}
+"""How a completion is keyed at each level but `near`."""
