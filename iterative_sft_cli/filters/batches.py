@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from iterative_sft_cli.errors import OutOfMemoryError
-from iterative_sft_cli.filters.resolve import ResolvedFilter
+from iterative_sft_cli.filters.resolved import ResolvedFilter
 from iterative_sft_cli.types import Sample
 
 

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from iterative_sft_cli.filters.resolve import ResolvedFilter
+from iterative_sft_cli.filters.resolved import ResolvedFilter
 from iterative_sft_cli.filters.wire import to_json
 
 FOLDER = "cache"

@@ -18,7 +18,8 @@ from iterative_sft_cli.errors import ConfigError, DataError, IsftError
 from iterative_sft_cli.filters.builtin import NAMES, load_builtin
 from iterative_sft_cli.filters.contract import Outcome, Shape, inspect_filter
 from iterative_sft_cli.filters.plugins import describe_plugin
-from iterative_sft_cli.filters.resolve import ResolvedFilter, distribution_of, entry_points, locate, resolve_filters
+from iterative_sft_cli.filters.resolve import distribution_of, entry_points, locate, resolve_filters
+from iterative_sft_cli.filters.resolved import ResolvedFilter
 from iterative_sft_cli.filters.runtime import Runtime
 from iterative_sft_cli.types import EOS, Sample
 

@@ -16,7 +16,7 @@ from iterative_sft_cli.filters.contract import Shape, place_bare
 from iterative_sft_cli.filters.imports import ImportBroken, NotFound, load_target
 from iterative_sft_cli.filters.link import Died, Link, Watchdog
 from iterative_sft_cli.filters.pool import start_message
-from iterative_sft_cli.filters.resolve import Location, ResolvedFilter, bind_scheduled, long_form, scalars
+from iterative_sft_cli.filters.resolved import Location, ResolvedFilter, bind_scheduled, long_form, scalars
 from iterative_sft_cli.filters.wire import encode
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ def resolve_plugin(entry: FilterEntry, location: Location, distribution: str | N
         reads_scores=bool(told["reads_scores"]),
         source_hash=told["source_hash"],
         distribution=distribution,
-        doc=told["doc"],
         **long_form(entry),
     )
 

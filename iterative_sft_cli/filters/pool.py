@@ -18,7 +18,7 @@ from iterative_sft_cli.errors import IsftError, PluginError, StorageError
 from iterative_sft_cli.filters import processes
 from iterative_sft_cli.filters.contract import Outcome
 from iterative_sft_cli.filters.link import Died, Link, Watchdog
-from iterative_sft_cli.filters.resolve import Location, ResolvedFilter
+from iterative_sft_cli.filters.resolved import Location, ResolvedFilter
 from iterative_sft_cli.filters.wire import encode
 from iterative_sft_cli.types import Verdict
 

@@ -15,7 +15,7 @@ import pytest
 from iterative_sft_cli.errors import EXIT_PLUGIN, PluginError
 from iterative_sft_cli.filters import FilterChain, ResolvedFilter, Runtime
 from iterative_sft_cli.filters.contract import inspect_filter
-from iterative_sft_cli.filters.resolve import Location
+from iterative_sft_cli.filters.resolved import Location
 from iterative_sft_cli.types import Sample
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups and limits are POSIX")
