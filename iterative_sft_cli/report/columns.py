@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from iterative_sft_cli.report.sample_text import sample_row
 from iterative_sft_cli.samples import StoredSample
 
 FIRST = (
@@ -31,26 +32,9 @@ _PLAIN = ({bool}, {int}, {int, float}, {float}, {str})
 
 def flat_row(stored: StoredSample) -> dict[str, Any]:
     """A sample without nesting: `score/FILTER` and `FILTER/EXTRA` beside the columns of `FIRST`."""
-    sample, rejected = stored.sample, stored.rejected_by
-    row: dict[str, Any] = {
-        "sample_id": sample.sample_id,
-        "round": sample.round_index,
-        "prompt_id": sample.prompt_id,
-        "sample_index": sample.sample_index,
-        "accepted": stored.accepted,
-        "rejected_by": rejected["filter"] if rejected else None,
-        "reason": (rejected.get("reason") or "rejected") if rejected else None,
-        "prompt": sample.prompt,
-        "completion": sample.completion,
-        "answer": sample.answer,
-        "finish_reason": sample.finish_reason,
-        "num_tokens": len(sample.completion_ids),
-        "logprob": sample.logprob,
-        "seed": stored.seed,
-        "hinted": stored.hinted,
-        "row": json.dumps(dict(sample.row), ensure_ascii=False),
-    }
-    for says in stored.says:
+    row = sample_row(stored)
+    row["row"] = json.dumps(row["row"], ensure_ascii=False)
+    for says in row.pop("says"):
         if says.get("score") is not None:
             row[f"score/{says['filter']}"] = float(says["score"])
         for name, value in (says.get("extra") or {}).items():

@@ -1,7 +1,7 @@
 """`isft report`: one HTML file that needs nothing else, not even a network, and that no text of a run can change.
 
-jinja2 escapes every value, control characters are made visible first, and the page's policy allows its own style and script
-by their hashes and nothing more.
+jinja2 escapes every value, control characters are made visible first, and the page's policy allows its own style and scripts
+by their hashes and nothing more. Charts are drawn in the page, by uPlot.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,15 @@ def write_report(run: Run, out: Path) -> int:
 def content(run: Run, limit: int) -> dict[str, Any]:
     """The values of the template; `limit` cuts the texts of samples."""
     found = summary(run)
-    style, script = (PAGE / "page.css").read_text("utf-8"), (PAGE / "page.js").read_text("utf-8")
+    style, scripts = sources()
     samples = sample_cards(run, limit)
     stats = run.stats
     source = run.view.config_source.decode("utf-8", "replace")
     return {
         "name": run.path.name if run.path.name != "run" else f"{run.path.parent.name}/run",
-        "policy": policy(style, script),
+        "policy": policy(style, scripts),
         "style": Markup(style),
-        "script": Markup(script),
+        "scripts": [Markup(script) for script in scripts],
         "status": found["status"],
         "model": short_model(found["model"]),
         "seed": run.settings.seed,
@@ -107,9 +108,19 @@ def facts(run: Run, found: dict[str, Any]) -> list[tuple[str, str]]:
     return made
 
 
-def policy(style: str, script: str) -> str:
-    """The content-security policy: this style, this script, nothing else from anywhere."""
-    return f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+def sources() -> tuple[str, list[str]]:
+    """The page's style and its scripts: uPlot with its licence, then what draws with it and what searches."""
+    library = PAGE / "uplot"
+    licence = (library / "LICENSE").read_text("utf-8").strip()
+    scripts = [f"/*! {licence} */\n" + (library / "uPlot.iife.min.js").read_text("utf-8")]
+    scripts += [(PAGE / name).read_text("utf-8") for name in ("charts.js", "page.js")]
+    return (library / "uPlot.min.css").read_text("utf-8") + "\n" + (PAGE / "page.css").read_text("utf-8"), scripts
+
+
+def policy(style: str, scripts: Sequence[str]) -> str:
+    """The content-security policy: this style, these scripts, nothing else from anywhere."""
+    allowed = " ".join(f"'{_hash(script)}'" for script in scripts)
+    return f"default-src 'none'; style-src '{_hash(style)}'; script-src {allowed}; base-uri 'none'; form-action 'none'"
 
 
 def _hash(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the report shows, as plain data and drawings: read from a run directory, without a model, in one pass over its small files."""
+"""What the report shows, as plain data: read from a run directory, without a model, in one pass over its small files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from iterative_sft_cli.console import duration
-from iterative_sft_cli.report.charts import Line, funnel_chart, line_chart, stacked_bars
+from iterative_sft_cli.report.chart_data import Chart, Line, funnel_chart, line_chart, stacked_bars
 from iterative_sft_cli.report.paging import RoundReader
 from iterative_sft_cli.report.reader import Run
 from iterative_sft_cli.report.sample_text import says_text, whole_prompt
@@ -42,6 +40,7 @@ LENGTHS = (
     ("accepted", "filters/mean_accepted_tokens"),
     ("95th percentile", "generate/p95_tokens"),
 )
+STEP = "optimizer step"
 PHASES = ("generate", "filters", "train", "eval", "save", "other")
 
 
@@ -81,58 +80,61 @@ def panels(run: Run) -> list[dict[str, Any]]:
     rounds = [row for row in stats if row["round"] > 0]
     made: list[dict[str, Any]] = []
 
-    def add(title: str, drawing: Markup, note: str = "") -> None:
-        if drawing:
-            made.append({"title": title, "drawing": drawing, "note": note})
+    def add(title: str, chart: Chart | None, note: str = "") -> None:
+        if chart:
+            made.append({"title": title, "chart": chart, "note": note})
 
-    share = (0.0, 1.0)
     held_out = curves(stats, eval_keys(stats, run.metric))
     add(
         "Held-out accuracy",
-        line_chart(held_out, x_name="round", y_range=share, what="evaluation by round"),
+        line_chart(held_out, what="evaluation by round", y_name="share of answers that are right", share=True),
         "bands: 95 % over prompts",
     )
     add(
         "Accepted",
-        line_chart(curves(rounds, RATES), x_name="round", y_range=share, what="shares by round"),
+        line_chart(curves(rounds, RATES), what="shares by round", y_name="share", share=True),
         "shares of samples, and of prompts",
     )
     add("Why samples were dropped", reasons_chart(rounds), "samples a round, by filter and reason")
     add("Difficulty", difficulty_chart(rounds), "prompts by the share of their samples that was accepted")
     add(
         "Diversity of what was accepted",
-        line_chart(curves(rounds, DIVERSITY), x_name="round", y_range=share, what="diversity by round"),
+        line_chart(curves(rounds, DIVERSITY), what="diversity by round", y_name="share", share=True),
         "all of them falling together is a sign of collapse",
     )
-    entropy = curves(rounds, (("negative log-likelihood a token", "generate/token_nll"),))
+    entropy = curves(rounds, (("negative log-likelihood", "generate/token_nll"),))
     add(
         "Certainty",
-        line_chart(entropy, x_name="round", what="entropy by round"),
+        line_chart(entropy, what="entropy by round", y_name="nats a token"),
         "low: the model hardly varies any more",
     )
-    add("Length", line_chart(curves(rounds, LENGTHS), x_name="round", what="tokens by round"), "tokens a completion")
+    add("Length", line_chart(curves(rounds, LENGTHS), what="tokens by round", y_name="tokens a completion"))
     loss, rate = step_curves(run)
-    add("Training loss", line_chart([loss], x_name="optimizer step", what="loss by step"), "every step of every round")
-    add("Learning rate", line_chart([rate], x_name="optimizer step", what="learning rate by step"))
+    add(
+        "Training loss",
+        line_chart([loss], what="loss by step", y_name="nats a token", x_name=STEP),
+        f"at most {MAX_STEPS_DRAWN} steps of all rounds",
+    )
+    add("Learning rate", line_chart([rate], what="learning rate by step", y_name="learning rate", x_name=STEP))
     seed_loss = curves(stats, (("loss on seed data", "train/seed_loss"),))
     add(
         "Forgetting",
-        line_chart(seed_loss, x_name="round", what="seed loss by round"),
+        line_chart(seed_loss, what="seed loss by round", y_name="nats a token"),
         "loss on seed rows after the round",
     )
     add("Time", time_chart(run), "seconds of work by phase")
     return made
 
 
-def reasons_chart(rounds: Sequence[dict[str, Any]]) -> Markup:
+def reasons_chart(rounds: Sequence[dict[str, Any]]) -> Chart | None:
     """How many samples each reason dropped, a bar a round; rare reasons together."""
     totals: Counter[str] = Counter()
-    by_round: list[tuple[str, Counter[str]]] = []
+    by_round: list[tuple[float, Counter[str]]] = []
     for row in rounds:
         counts = Counter(
             {f"{one['filter']}: {reason}": n for one in funnel_of(row) for reason, n in one["reasons"].items()}
         )
-        by_round.append((str(row["round"]), counts))
+        by_round.append((row["round"], counts))
         totals.update(counts)
     names = [name for name, _ in totals.most_common(7)]
     rest = len(totals) > len(names)
@@ -143,13 +145,14 @@ def reasons_chart(rounds: Sequence[dict[str, Any]]) -> Markup:
         )
         for column, counts in by_round
     ]
-    return stacked_bars(columns, names + (["other reasons"] if rest else []), x_name="round", what="reasons by round")
+    names += ["other reasons"] if rest else []
+    return stacked_bars(columns, names, what="reasons by round", y_name="samples")
 
 
-def difficulty_chart(rounds: Sequence[dict[str, Any]]) -> Markup:
+def difficulty_chart(rounds: Sequence[dict[str, Any]]) -> Chart | None:
     """The histogram of prompts by their share of accepted samples, a bar a round."""
-    columns = [(str(row["round"]), row["filters/difficulty"]) for row in rounds if row.get("filters/difficulty")]
-    return stacked_bars(columns, DIFFICULTY, x_name="round", what="difficulty by round")
+    columns = [(row["round"], row["filters/difficulty"]) for row in rounds if row.get("filters/difficulty")]
+    return stacked_bars(columns, DIFFICULTY, what="difficulty by round", y_name="prompts")
 
 
 def step_curves(run: Run) -> tuple[Line, Line]:
@@ -176,10 +179,10 @@ def phase_seconds(run: Run) -> dict[int, dict[str, float]]:
     return dict(sorted(found.items()))
 
 
-def time_chart(run: Run) -> Markup:
+def time_chart(run: Run) -> Chart | None:
     """Seconds by phase, a bar a round."""
-    columns = [(str(index), [counts[name] for name in PHASES]) for index, counts in phase_seconds(run).items()]
-    return stacked_bars(columns, PHASES, x_name="round", what="seconds by round and phase")
+    columns = [(index, [counts[name] for name in PHASES]) for index, counts in phase_seconds(run).items()]
+    return stacked_bars(columns, PHASES, what="seconds by round and phase", y_name="seconds")
 
 
 def cost_rows(run: Run) -> list[tuple[str, ...]]:
@@ -219,7 +222,7 @@ def funnels(run: Run) -> list[dict[str, Any]]:
             made.append(
                 {
                     "round": row["round"],
-                    "drawing": funnel_chart(bars, f"funnel of round {row['round']}"),
+                    "chart": funnel_chart(bars, f"funnel of round {row['round']}"),
                     "filters": found,
                 }
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -14,7 +15,7 @@ from report_runs import call
 
 from iterative_sft_cli import Run
 from iterative_sft_cli.report import html
-from iterative_sft_cli.report.charts import Line, funnel_chart, line_chart, stacked_bars, ticks
+from iterative_sft_cli.report.chart_data import Line, funnel_chart, line_chart, stacked_bars
 from iterative_sft_cli.report.page_data import pick_samples
 
 PAYLOADS = [
@@ -113,8 +114,8 @@ def hostile(tmp_path, payload):
 
 
 ALLOWED = (
-    "html head meta title style body h1 h2 h3 p span div b table tr th td section svg line text polyline polygon circle rect "
-    "details summary input select option article header pre footer script i"
+    "html head meta title style body h1 h2 h3 p span div b table tr th td section noscript "
+    "details summary input select option article header pre footer script"
 ).split()
 
 
@@ -124,7 +125,7 @@ def test_no_text_of_a_run_becomes_markup(tmp_path, payload):
     page.encode("utf-8")
     found = Tags(page)
     assert set(found.tags) <= set(ALLOWED), set(found.tags) - set(ALLOWED)
-    assert found.tags.count("script") == found.tags.count("style") == found.tags.count("body") == 1
+    assert found.tags.count("style") == found.tags.count("body") == 1 and found.tags.count("script") == 3
     assert not {
         name for _, name in found.attributes if name.startswith("on") or name in ("href", "src", "style", "action")
     }
@@ -133,16 +134,31 @@ def test_no_text_of_a_run_becomes_markup(tmp_path, payload):
         assert payload in "".join(found.text)
 
 
-def test_the_page_allows_its_own_style_and_script_and_nothing_else(done):
+def test_the_page_allows_its_own_style_and_scripts_and_nothing_else(done):
     page = html.render(Run.open(done))
     [policy] = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
     policy = policy.replace("&#39;", "'")
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
-    for tag in ("style", "script"):
-        [body] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in policy
-    assert "://" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    for tag, count in (("style", 1), ("script", 3)):
+        bodies = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() for body in bodies]
+        assert len(bodies) == count and rules[f"{tag}-src"].split() == [f"'sha256-{digest}'" for digest in digests]
+    addresses = re.findall(r"\w+://[^\s'\"]+", re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL))
+    assert addresses == ["https://github.com/leeoniya/uPlot"]
+
+
+def test_the_library_comes_with_its_licence_and_as_it_was_published(done):
+    page = html.render(Run.open(done))
+    library = html.PAGE / "uplot"
+    version = re.findall(r"\(v([\d.]+)\)", (library / "uPlot.iife.min.js").read_text())
+    assert version == ["1.6.32"] and version[0] in (library / "README.md").read_text()
+    assert (library / "LICENSE").read_text().strip() in page
+    for name, digest in (
+        ("uPlot.iife.min.js", "19c8d4c6ad88929a79f4ae49d6f7161566dfd0ba3d15cc495e974f787eb78f1f"),
+        ("uPlot.min.css", "df630c6a8d6f8eeaff264b50f73ce5b114f646ffd9a0bb74f049b0a00135fa04"),
+    ):
+        assert hashlib.sha256((library / name).read_bytes()).hexdigest() == digest
 
 
 def test_the_page_shows_what_the_run_holds(done, tmp_path, capsys):
@@ -150,7 +166,7 @@ def test_the_page_shows_what_the_run_holds(done, tmp_path, capsys):
     assert code == 0 and out.strip() == str(tmp_path / "deep" / "page.html") and "kB" in err
     page = (tmp_path / "deep" / "page.html").read_text("utf-8")
     text = " ".join("".join(Tags(page).text).split())
-    assert "complete, 3 of 3 rounds" in text and page.count('class="chart"') >= 12
+    assert "complete, 3 of 3 rounds" in text and page.count('class="chart"') == 13
     for word in (
         "Held-out accuracy",
         "Why samples were dropped",
@@ -203,11 +219,35 @@ def test_a_run_that_has_just_begun(tmp_path, capsys):
     assert call(capsys, "report", tmp_path / "nowhere")[0] == 4
 
 
+def test_every_chart_has_its_values_as_a_table(done):
+    run = Run.open(done)
+    page = html.render(run)
+    for row in run.stats:
+        low, high = row["eval/pass@1_low"], row["eval/pass@1_high"]
+        assert f"<td>{row['eval/pass@1']:.4g} ({low:.4g} to {high:.4g})</td>" in page
+    assert page.count("<summary>values") == page.count('<section class="panel">') == 10
+
+
 def test_charts():
-    nan = [Line("a", [(0, None), (1, 2.0), (2, 3.0)], [(1, 1.5, 2.5), (2, 2.0, 4.0)]), Line("b", [(1, None)])]
-    drawing = line_chart(nan, x_name="round", what="<b>")
-    assert "&lt;b&gt;" in drawing and drawing.count("<polyline") == 1 and drawing.count("<polygon") == 1
-    assert line_chart([], x_name="x", what="") == "" and line_chart([Line("a", [(1, None)])], x_name="x", what="") == ""
-    assert line_chart([Line("a", [(1, 5.0)])], x_name="x", what="one point").count("<circle") == 1
-    assert stacked_bars([("1", [0, 0])], ["a", "b"], x_name="x", what="") == "" and funnel_chart([], "") == ""
-    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0] and ticks(3, 3) == [3] and len(ticks(0, 123456)) <= 8
+    lines = [
+        Line("a\u202e", [(0, None), (1, 2.0), (2, 3.0)], [(1, 1.5, 2.5), (2, 2.0, 4.0)]),
+        Line("b", [(1, math.nan)]),
+    ]
+    chart = line_chart(lines, what="w", y_name="y")
+    data = json.loads(chart.data)
+    assert data["x"] == [1, 2] and data["values"] == [[2, 3], [None, None]] and "\u202e" not in data["names"][0]
+    assert data["bands"] == [[[1.5, 2.5], [2, 4]], [None, None]]
+    assert chart.heads == ["round", "a\u202e", "b"]
+    assert chart.rows == [["1", "2 (1.5 to 2.5)", "-"], ["2", "3 (2 to 4)", "-"]]
+    assert line_chart([], what="", y_name="") is None
+    assert line_chart([Line("a", [(1, None)])], what="", y_name="") is None
+    assert stacked_bars([(1, [0, 0])], ["a", "b"], what="", y_name="") is None and funnel_chart([], "") is None
+    bars = stacked_bars([(1, [3, 0]), (2, [1, 2.5])], ["a", "b"], what="", y_name="")
+    assert bars.values == [[3, 1], [0, 2.5]] and bars.rows == [["1", "3", "0"], ["2", "1", "2.5"]]
+    funnel = json.loads(funnel_chart([("<i>", 4, 1)], "").data)
+    assert funnel["x"] == ["<i>"] and funnel["values"] == [[4], [1]]
+
+
+def test_a_table_of_many_points_shows_some_of_them():
+    chart = line_chart([Line("loss", [(x, 1 / x) for x in range(1, 401)])], what="", y_name="", x_name="step")
+    assert chart.every == 7 and len(chart.rows) == 58 and len(json.loads(chart.data)["x"]) == 400
