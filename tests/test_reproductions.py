@@ -60,3 +60,14 @@ def test_figures_are_means_over_seeds_with_students_interval(script):
     # 4.303 / sqrt(3) = 2.484
     assert script.spread(results, "a", "x") == "2.000 [-0.484, 4.484] (1, 2, 3)"
     assert script.keep({"round": 1, "y/3/z": 1, "other": 2}, [{"key": "y/*/z"}]) == {"round": 1, "y/3/z": 1}
+
+
+def test_figures_are_drawn_the_same_every_time(script, tmp_path):
+    pytest.importorskip("matplotlib")
+    results = {"arms": {"one": {"0": [{"round": 0, "x": 0.5}, {"round": 1, "x": 0.7}]}, "two": {"0": [{"round": 0}]}}}
+    for name in ("a", "b"):
+        script.plot(results, {"name": "share of it", "key": "x"}, tmp_path / f"{name}.svg")
+    drawn = [ElementTree.parse(tmp_path / f"{name}.svg").getroot() for name in ("a", "b")]
+    texts = [text.strip() for text in drawn[0].itertext()]
+    assert {"one", "share of it", "round"} <= set(texts)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
