@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from iterative_sft_cli.encoding_template import ChatTemplate, read_few_shot, resolve_template
+from iterative_sft_cli.encoding_thinking import Thinking, ThinkingTags
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, Message, Sample, TrainRow
 
@@ -26,18 +26,6 @@ _PROBES = ("What is 12 + 345?\n\n  A: x == 0.5", "naïve café, 数学 \U0001f60
 
 Conversation = list[Message] | tuple[str | list[Message], str]
 """Messages, or a pair of a prompt and its completion."""
-
-
-@dataclass(frozen=True, slots=True)
-class Thinking:
-    """A completion's thinking and what follows it; `closed` is false when a thinking block was opened and never closed.
-
-    `reasoning` is None when there was no thinking block; `final` is empty when it was not closed.
-    """
-
-    reasoning: str | None
-    final: str
-    closed: bool
 
 
 @runtime_checkable
@@ -98,8 +86,7 @@ class TokenizerEncoder:
             tokenizer, setting("template"), setting("template_kwargs"), base_dir
         )
         self.few_shot_text, self.few_shot = read_few_shot(setting("few_shot"), base_dir)
-        tags: Sequence[str] = setting("thinking_tags") or ("<think>", "</think>")
-        self.open_tag, self.close_tag = tags
+        self.tags = ThinkingTags(*(setting("thinking_tags") or ()))
         end_of_turn = self.template.end_of_turn_id if self.template else None
         found = [end_of_turn, tokenizer.eos_token_id, *eos_token_ids]
         ids = [token for token in dict.fromkeys(found) if token is not None]
@@ -116,7 +103,7 @@ class TokenizerEncoder:
         stated = tokenizer.model_max_length
         self.context_length: int = context_length or (stated if stated < UNBOUNDED else UNBOUNDED)
         self._hidden = set(tokenizer.all_special_ids) - {
-            tokenizer.convert_tokens_to_ids(tag) for tag in (self.open_tag, self.close_tag)
+            tokenizer.convert_tokens_to_ids(tag) for tag in (self.tags.open, self.tags.close)
         }
         self._hidden |= set(self.eos_token_ids)
         self.fingerprint: str = self._fingerprint()
@@ -233,31 +220,14 @@ class TokenizerEncoder:
 
     def prompt_opens_thinking(self, prompt_ids: Sequence[int]) -> bool:
         """Whether the prompt ends inside a thinking block that the template opened."""
-        return self.decode_all(prompt_ids[-16:]).rstrip().endswith(self.open_tag)
+        return self.tags.opened_by(self.decode_all(prompt_ids[-16:]))
 
     def split_thinking(self, text: str, prompt_ids: Sequence[int]) -> Thinking:
         """What stands inside the thinking blocks and what follows the last of them.
 
         `prompt_ids` tell whether the template had opened the first block already.
         """
-        parts: list[str] = []
-        rest = text
-        inside = self.prompt_opens_thinking(prompt_ids)
-        if inside and rest.lstrip().startswith(self.open_tag):
-            rest = rest.lstrip()[len(self.open_tag) :]
-        while True:
-            if not inside:
-                _, opened, after = rest.partition(self.open_tag)
-                if not opened:
-                    break
-                rest = after
-            thought, closed, after = rest.partition(self.close_tag)
-            parts.append(thought.strip())
-            if not closed:
-                return Thinking("\n".join(parts), "", False)
-            rest = after.lstrip()
-            inside = False
-        return Thinking("\n".join(parts), rest, True) if parts else Thinking(None, text, True)
+        return self.tags.split(text, inside=self.prompt_opens_thinking(prompt_ids))
 
     # -- training rows ---------------------------------------------------------------------------------------------
 
@@ -289,7 +259,7 @@ class TokenizerEncoder:
         prompt, completion = messages
         if self.template is not None:
             answer = {"role": "assistant", "content": completion}
-            completion = self._turn_content(sample_id, answer, self.prompt_text(prompt))
+            completion = self.tags.turn(sample_id, answer, self.prompt_text(prompt))
         answer_ids = self._encode_continuation(completion) + [self.end_id]
         return self._row(sample_id, [(self.encode_prompt(prompt), False), (answer_ids, True)], weight)
 
@@ -307,30 +277,13 @@ class TokenizerEncoder:
             if not prefix.startswith(written):
                 pieces, written = [], ""
             pieces.append((self._encode(prefix[len(written) :]), False))
-            content = self._turn_content(sample_id, message, prefix)
+            content = self.tags.turn(sample_id, message, prefix)
             shown = self.template.render(conversation[: index + 1], generation=False)
             if not shown.startswith(prefix + content) and shown.startswith(prefix + content.strip()):
                 content = content.strip()
             pieces.append((self._encode_continuation(content) + [self.end_id], index >= first_own))
             written = prefix + content + self.template.end_of_turn_text
         return pieces
-
-    def _turn_content(self, sample_id: str, message: Message, prefix: str) -> str:
-        """What the assistant writes behind `prefix`: reasoning, if it is a field of its own, inside the tags."""
-        content = str(message.get("content") or "")
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        if reasoning:
-            content = f"{self.open_tag}\n{str(reasoning).strip()}\n{self.close_tag}\n\n{content}"
-        if not prefix.rstrip().endswith(self.open_tag):
-            return content
-        if content.lstrip().startswith(self.open_tag):
-            content = content.lstrip()[len(self.open_tag) :].lstrip("\n")
-        if self.close_tag not in content:
-            raise ValueError(
-                f"{sample_id}: the chat template opens a thinking block that the answer never closes "
-                f"(write {self.close_tag} into it, or set prompts.template_kwargs: {{enable_thinking: false}})"
-            )
-        return content
 
     def _row(self, sample_id: str, pieces: Sequence[tuple[list[int], bool]], weight: float) -> TrainRow:
         input_ids = tuple(token for ids, _ in pieces for token in ids)
@@ -353,7 +306,7 @@ class TokenizerEncoder:
             "system": self.system,
             "few_shot": [self.few_shot_text, self.few_shot],
             "eos_token_ids": self.eos_token_ids,
-            "thinking": [self.open_tag, self.close_tag],
+            "thinking": [self.tags.open, self.tags.close],
         }
         try:
             text = json.dumps(settings, sort_keys=True, ensure_ascii=True)
@@ -367,7 +320,7 @@ class TokenizerEncoder:
         """For `isft doctor`: what one question and answer become, and whether the guarantees hold for it. JSON-able."""
         prompt_ids = self.encode_prompt(prompt)
         opens = self.prompt_opens_thinking(prompt_ids)
-        answer = f"Add.\n{self.close_tag}\n\n{completion}" if opens else completion
+        answer = f"Add.\n{self.tags.close}\n\n{completion}" if opens else completion
         row = self.conversation_row("probe", (prompt, answer))
         trained = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORE]
         start = len(row.input_ids) - len(trained)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iterative_sft_cli.encoding_thinking import ThinkingTags
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.generate.crew import Crew
 from iterative_sft_cli.generate.http_client import ServerError, request_json
@@ -116,19 +117,12 @@ class OpenAIEngine:
         answer = request_json(
             "POST", f"{server}/chat/completions", body, headers=self.headers, timeout_s=self.section.timeout_s
         )
+        tags: ThinkingTags = getattr(self.encoder, "tags", ThinkingTags())
         try:
             choice = answer["choices"][0]
-            message = choice["message"]
-            text = str(message.get("content") or "")
+            text = tags.written(choice["message"])
         except (KeyError, IndexError, TypeError) as error:
             raise ServerError(f"the answer holds no completion: {str(answer)[:300]}", status=502) from error
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        if reasoning:
-            opened, closed = (
-                getattr(self.encoder, "open_tag", "<think>"),
-                getattr(self.encoder, "close_tag", "</think>"),
-            )
-            text = f"{opened}\n{str(reasoning).strip()}\n{closed}\n\n{text}"
         finish = {"stop": EOS, "eos": EOS}.get(str(choice.get("finish_reason")), LENGTH)
         stopped_at = choice.get("stop_reason")
         if finish == EOS and isinstance(stopped_at, str) and stopped_at in decoding.stop:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iterative_sft_cli.encoding import Thinking
+from iterative_sft_cli.encoding_thinking import Thinking
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.filters import FilterChain, Judged, ResolvedFilter
 from iterative_sft_cli.filters.cache import FOLDER

@@ -10,7 +10,8 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iterative_sft_cli.encoding import IGNORE, Encoder, Thinking, TokenizerEncoder
+from iterative_sft_cli.encoding import IGNORE, Encoder, TokenizerEncoder
+from iterative_sft_cli.encoding_thinking import Thinking
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Sample
 
