@@ -3,12 +3,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from model_helpers import MODELS, lora, same, scramble, section, state
 
 from iterative_sft_cli import model as models
 from iterative_sft_cli.errors import ConfigError, DataError
@@ -16,7 +16,6 @@ from iterative_sft_cli.model import (
     LoadedModel,
     choose_compute_dtype,
     choose_device,
-    fresh_adapter,
     has_bfloat16,
     load_model,
     load_weights_into,
@@ -24,7 +23,6 @@ from iterative_sft_cli.model import (
     save_pretrained,
 )
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 LLAMA = dict(
     model_type="llama",
@@ -35,58 +33,6 @@ LLAMA = dict(
     num_key_value_heads=1,
     max_position_embeddings=64,
 )
-MODELS = {
-    "llama": lambda: tiny.tiny_llama(),
-    "untied": lambda: tiny.tiny_llama(tied=False),
-    "gpt2": lambda: tiny.tiny_gpt2(),
-    "t5": lambda: tiny.tiny_t5(),
-}
-
-
-def section(path: Path | str | None = None, **settings: Any) -> SimpleNamespace:
-    blank: dict[str, Any] = dict(
-        path=None if path is None else str(path),
-        revision=None,
-        dtype="auto",
-        device="auto",
-        attention="sdpa",
-        adapter=None,
-        quantization="none",
-        trust_remote_code=False,
-        init=None,
-        tokenizer=None,
-    )
-    return SimpleNamespace(**{**blank, **settings})
-
-
-def lora(**settings: Any) -> SimpleNamespace:
-    return SimpleNamespace(
-        **{**dict(type="lora", r=4, alpha=8.0, dropout=0.0, target_modules="all-linear"), **settings}
-    )
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {
-        name: tiny.save_tiny(root / name, model=make(), tokenizer=tiny.tiny_tokenizer())
-        for name, make in MODELS.items()
-    }
-
-
-def state(loaded: LoadedModel) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-def scramble(loaded: LoadedModel) -> None:
-    with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(1.0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -252,84 +198,6 @@ def test_chunks_of_large_files_count(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert model_weights.content_hash([path]) != one
 
 
-# -- adapters
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_only_the_adapter_is_trained_and_saved(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
-    loaded = load_model(section(folders[name], adapter=lora()))
-    assert loaded.has_adapter
-    kinds: dict[bool, set[Any]] = {True: set(), False: set()}
-    for parameter in loaded.model.parameters():
-        kinds[parameter.requires_grad].add(parameter.dtype)
-    assert kinds == {True: {torch.float32}, False: {loaded.compute_dtype}}
-    save_pretrained(loaded, tmp_path / "out")
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "chat_template.jinja",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-    targets = json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"]
-    assert targets == sorted(targets) and len(targets) > 1
-    before, parameters = state(loaded), list(loaded.model.parameters())
-    scramble(loaded)
-    load_weights_into(loaded, tmp_path / "out")
-    assert same(before, state(loaded))
-    assert all(a is b for a, b in zip(parameters, loaded.model.parameters(), strict=True))
-
-
-def test_a_saved_adapter_loads_with_peft_and_acts_as_it_did(folders: dict[str, Path], tmp_path: Path) -> None:
-    from peft import AutoPeftModelForCausalLM
-
-    loaded = load_model(section(folders["llama"], adapter=lora(), dtype="float32"))
-    ids = torch.tensor([[10, 20, 30]])
-    with torch.no_grad():
-        plain = loaded.model(input_ids=ids).logits
-        for name, parameter in loaded.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(1))
-        expected = loaded.model(input_ids=ids).logits
-    assert not torch.allclose(plain, expected)
-    save_pretrained(loaded, tmp_path / "out")
-    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    with torch.no_grad():
-        assert torch.allclose(again(input_ids=ids).logits, expected, atol=1e-5)
-
-
-def test_a_fresh_adapter_depends_on_its_seed_alone_and_does_nothing(folders: dict[str, Path]) -> None:
-    loaded = load_model(section(folders["llama"], adapter=lora()), seed=3)
-    first = state(loaded)
-    fresh_adapter(loaded, 5)
-    five = state(loaded)
-    torch.manual_seed(99)
-    fresh_adapter(loaded, 6)
-    six = state(loaded)
-    scramble(loaded)
-    fresh_adapter(loaded, 5)
-    assert same(five, state(loaded))
-    assert not same(five, six) and not same(first, five)
-    assert all(not tensor.any() for name, tensor in five.items() if "lora_B" in name)
-    assert all(tensor.any() for name, tensor in five.items() if "lora_A" in name)
-    reset_to_base(loaded)
-    assert same(first, state(loaded))
-    assert same(first, state(load_model(section(folders["llama"], adapter=lora()), seed=3)))
-    with pytest.raises(ValueError, match="no adapter"):
-        fresh_adapter(load_model(section(folders["llama"])), 1)
-
-
-def test_adapter_targets_are_checked(folders: dict[str, Path]) -> None:
-    some = load_model(section(folders["llama"], adapter=lora(target_modules=["q_proj"])))
-    assert {name.split(".")[-4] for name, p in some.model.named_parameters() if p.requires_grad} <= {
-        "q_proj",
-        "self_attn",
-    }
-    with pytest.raises(ConfigError, match=r"model\.adapter\.target_modules"):
-        load_model(section(folders["llama"], adapter=lora(target_modules=["nope"])))
-
-
 # -- fresh models
 
 
@@ -400,44 +268,6 @@ def test_a_large_model_needs_a_gpu_or_a_word(folders: dict[str, Path], monkeypat
     assert load_model(section(folders["llama"], device="cpu")).device == CPU
 
 
-def test_quantization_is_explained(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="expected an `adapter`"):
-        load_model(section(folders["llama"], quantization="4bit"))
-    from iterative_sft_cli import model_load
-
-    monkeypatch.setattr(model_load.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"iterative-sft-cli\[quant\]"):
-        load_model(section(folders["llama"], quantization="4bit", adapter=lora()))
-
-
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_adapters_over_quantized_weights_have_the_same_gradients_after_generating(
-    folders: dict[str, Path], bits: str
-) -> None:
-    pytest.importorskip("bitsandbytes")
-    loaded = load_model(section(folders["llama"], quantization=bits, adapter=lora(), device="cpu"))
-    model = loaded.model
-    ids = torch.arange(5, 17).view(2, 6)
-    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    for name, one in trained.items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(one, std=0.1)
-
-    def gradients() -> dict[str, torch.Tensor]:
-        model.train()
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        return {name: one.grad.clone() for name, one in trained.items() if one.grad is not None}
-
-    before = gradients()
-    model.eval()
-    with torch.no_grad():
-        model(input_ids=ids)
-    after = gradients()
-    assert len(before) == len(trained) and all(one.abs().max() > 0 for one in before.values())
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
 def test_what_cannot_be_loaded_is_a_data_error(folders: dict[str, Path], tmp_path: Path) -> None:
     own = shutil.copytree(folders["llama"], tmp_path / "own")
     config = json.loads((own / "config.json").read_text())
@@ -470,75 +300,3 @@ def test_loading_and_saving_write_nothing_on_the_screen(
     finally:
         logging.disable_progress_bar()
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_gguf_file_is_a_model_that_trains_and_saves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    gguf = pytest.importorskip("gguf")
-    write_tiny_gguf(gguf, tmp_path / "tiny.gguf")
-    loaded = load_model(section("tiny.gguf"), base_dir=tmp_path)
-    assert loaded.base_dtype == torch.bfloat16 and loaded.context_length == 64
-    before = state(loaded)
-    ids = torch.tensor([[5, 6, 7]])
-    loaded.model(input_ids=ids, labels=ids).loss.backward()
-    save_pretrained(loaded, tmp_path / "out")
-    again = load_model(section(tmp_path / "out"))
-    assert same(before, state(again))
-    assert again.tokenizer("a b").input_ids == loaded.tokenizer("a b").input_ids
-    scramble(loaded)
-    reset_to_base(loaded)
-    assert same(before, state(loaded))
-    assert "GGUF" not in capfd.readouterr().err
-    with pytest.raises(DataError):
-        (tmp_path / "cut.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:200])
-        load_model(section("cut.gguf"), base_dir=tmp_path)
-
-
-def test_a_gguf_file_without_its_package_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from iterative_sft_cli import model_load
-
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(model_load.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"iterative-sft-cli\[gguf\]"):
-        load_model(section("x.gguf"), base_dir=tmp_path)
-
-
-def write_tiny_gguf(gguf: Any, path: Path) -> None:
-    """A one-layer Llama with random float32 weights and a byte-level tokenizer, as llama.cpp writes them."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(16)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(32)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    tokens = [*tiny.SPECIALS, *tiny._byte_characters(), "AB"]
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(tiny.SPECIALS) + [1] * 257)
-    writer.add_token_merges(["A B"])
-    writer.add_eos_token_id(tiny.EOS)
-    writer.add_bos_token_id(tiny.BOS)
-    shapes = {
-        "token_embd.weight": (len(tokens), 16),
-        "output_norm.weight": (16,),
-        "blk.0.attn_norm.weight": (16,),
-        "blk.0.ffn_norm.weight": (16,),
-        "blk.0.attn_q.weight": (16, 16),
-        "blk.0.attn_k.weight": (8, 16),
-        "blk.0.attn_v.weight": (8, 16),
-        "blk.0.attn_output.weight": (16, 16),
-        "blk.0.ffn_gate.weight": (32, 16),
-        "blk.0.ffn_up.weight": (32, 16),
-        "blk.0.ffn_down.weight": (16, 32),
-    }
-    generator = torch.Generator().manual_seed(0)
-    for name, shape in shapes.items():
-        writer.add_tensor(name, torch.randn(shape, generator=generator).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
