@@ -41,3 +41,9 @@ def judge(tmp_path: Path) -> Callable[..., list[Judged]]:
         ]
 
     return run
+
+
+@pytest.fixture
+def misbehaving_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers find misbehaving.py by its name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))

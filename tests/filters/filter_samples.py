@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from iterative_sft_cli.config import FilterEntry
+from iterative_sft_cli.filters import Judged
 from iterative_sft_cli.types import Sample
+
+Judge = Callable[..., list[Judged]]
 
 
 def new_sample(
@@ -34,3 +38,12 @@ def make_entries(*forms: Any) -> list[FilterEntry]:
         entry._key = f"filters[{index}]"
         entries.append(entry)
     return entries
+
+
+def outcome(judged: Judged) -> str | None:
+    """The reason it was dropped, None when kept."""
+    return None if judged.kept else judged.says[-1].reason
+
+
+def reasons(judge: Judge, texts: list[str], *forms: Any, **fields: Any) -> list[str | None]:
+    return [outcome(one) for one in judge([new_sample(text, i=i, **fields) for i, text in enumerate(texts)], *forms)]
