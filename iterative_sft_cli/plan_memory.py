@@ -15,6 +15,7 @@ from typing import Any
 
 from iterative_sft_cli.config import LoadedConfig
 from iterative_sft_cli.errors import ConfigError
+from iterative_sft_cli.machine import total_memory
 from iterative_sft_cli.tensor_files import read_headers, weight_files
 from iterative_sft_cli.types import Prompt
 
@@ -179,7 +180,7 @@ def describe_memory(
     if shape is None:
         return None
     gpu = gpu_gb is not None
-    room = gpu_gb * GB if gpu_gb is not None else machine_memory()
+    room = gpu_gb * GB if gpu_gb is not None else total_memory()
     longest = max((len(str(prompt.prompt)) for prompt in prompts), default=0) // 3 + 32
     found = estimate(config, shape, processes=gpus, device_bytes=room, gpu=gpu, prompt_tokens=longest)
     return {
@@ -231,16 +232,3 @@ def render_memory(found: Mapping[str, Any] | None) -> list[str]:
         f" and {found['state_bytes'] / GB:.2f} GB of state" if found["state_bytes"] else ""
     )
     return [*lines, f"  a round writes a checkpoint of {saved}, and reads {reads}"]
-
-
-def machine_memory() -> float:
-    """Bytes of this machine's memory; a container's limit where it is lower."""
-    try:
-        total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        return 8.0 * GB
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        return min(total, float(limit)) if limit.isdecimal() else total
-    except OSError:
-        return total

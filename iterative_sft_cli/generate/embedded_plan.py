@@ -5,10 +5,10 @@ Guarantee: a pure function of config, model, requests and the machine's total me
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
+from iterative_sft_cli.machine import total_memory
 from iterative_sft_cli.types import Decoding, Request
 
 ROWS_A_STREAM = 192
@@ -20,25 +20,6 @@ PREFILL_TOKENS_CPU = 512
 PREFILL_TOKENS_CUDA = 8192
 CACHE_SHARE = 0.25
 """Share of the total memory that the cache may take when `generate.memory_gb` is auto."""
-
-
-def total_memory(device: str) -> int:
-    """Bytes of memory of the machine, or of the GPU; a container's limit where it is lower."""
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        total = 8 << 30
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(name, encoding="ascii") as stream:
-                total = min(total, int(stream.read()))
-        except (OSError, ValueError):
-            continue
-    return total
 
 
 def make_plan(

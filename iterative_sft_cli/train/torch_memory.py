@@ -6,30 +6,18 @@ alike.
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from iterative_sft_cli.machine import total_memory
 from iterative_sft_cli.train.base import TrainOutOfMemory
 
 _SHARE = 0.25
 _MAX_CPU = 4096
 _MAX_GPU = 65536
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes the device has, used or not."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        psutil: Any = importlib.import_module("psutil")
-        return int(psutil.virtual_memory().total)
 
 
 def bytes_per_token(config: Any, checkpointing: bool) -> int:
@@ -46,7 +34,7 @@ def bytes_per_token(config: Any, checkpointing: bool) -> int:
 
 def micro_batch_tokens(config: Any, device: torch.device, checkpointing: bool) -> int:
     """The budget that `micro_batch_tokens: auto` means."""
-    room = int(total_memory(device) * _SHARE) // bytes_per_token(config, checkpointing)
+    room = int(total_memory(str(device)) * _SHARE) // bytes_per_token(config, checkpointing)
     return max(64, min(room, _MAX_CPU if device.type == "cpu" else _MAX_GPU))
 
 
