@@ -20,7 +20,7 @@ from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, Message, Sampl
 IGNORE = -100
 """The label of a token that is not trained (PyTorch's cross-entropy)."""
 UNBOUNDED = 1 << 20
-"""`context_length` of a model that states none."""
+"""`context_length` of a model that states none (relative positions)."""
 _PROBES = ("What is 12 + 345?\n\n  A: x == 0.5", "naïve café, 数学 \U0001f600\t#include <a.h>")
 
 
@@ -169,7 +169,7 @@ class TokenizerEncoder:
             )
         prompt = self.few_shot_text + prompt
         blocks = [self.system] if self.system else []
-        blocks += [question + _seam(question, answer) + answer for question, answer in self.few_shot]
+        blocks += [question + seam(question, answer) + answer for question, answer in self.few_shot]
         return "\n\n".join([*blocks, prompt])
 
     def _conversation(self, messages: Sequence[Message]) -> list[Message]:
@@ -349,6 +349,6 @@ class TokenizerEncoder:
         }
 
 
-def _seam(question: str, answer: str) -> str:
+def seam(question: str, answer: str) -> str:
     """A line break between a raw few-shot question and its answer, unless the user wrote white space there."""
     return "" if not question or question[-1].isspace() or answer[:1].isspace() else "\n"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from iterative_sft_cli.encoding import UNBOUNDED
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.model_load import add_adapter, load_folder, load_gguf, load_tokenizer, make_fresh, quiet
 from iterative_sft_cli.model_source import ModelSource, find_model, main_dtype
@@ -24,8 +25,6 @@ from iterative_sft_cli.types import derive_seed
 
 MAX_PARAMETERS_ON_CPU = 1_000_000_000
 """`device: auto` refuses larger models where there is no GPU."""
-UNBOUNDED = 1 << 20
-"""`context_length` of a model that states none (relative positions)."""
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from iterative_sft_cli.config import LoadedConfig
 from iterative_sft_cli.console import Console, PhaseView, duration
 from iterative_sft_cli.errors import ConfigError, DataError, IsftError, PluginError
 from iterative_sft_cli.plan import count_seed_rows, rows_of, size, steps_of
+from iterative_sft_cli.report.fetch import size_of
 from iterative_sft_cli.rounds.evaluation import is_due
 from iterative_sft_cli.train.pool import pool_rounds
 
@@ -178,8 +179,8 @@ def folder_bytes(run: Path) -> dict[str, int]:
     """Bytes of the parts of a run: a checkpoint's model, its optimizer state, the samples of the first round, an evaluation."""
     keys = sorted((run / "checkpoints").glob("*"))
     newest = keys[-1] if keys else None
-    whole = _size(newest) if newest else 0
-    state = _size(newest / "state") if newest else 0
+    whole = size_of(newest) if newest else 0
+    state = size_of(newest / "state") if newest else 0
     first = run / "rounds" / "0001"
     shards = [path for path in first.glob("*.jsonl*") if not path.name.startswith("eval")]
     return {
@@ -188,10 +189,6 @@ def folder_bytes(run: Path) -> dict[str, int]:
         "samples": sum(path.stat().st_size for path in shards),
         "eval": sum(path.stat().st_size for path in (run / "rounds" / "0000").glob("eval-*")),
     }
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @dataclass(frozen=True, slots=True)

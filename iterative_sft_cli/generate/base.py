@@ -13,6 +13,10 @@ class EngineOutOfMemory(Exception):
     """Raised by `Engine.generate` when memory runs out; the loop halves the plan's rows, records it, and asks again."""
 
 
+def no_heartbeat(num_tokens: int) -> None:
+    """An engine's heartbeat until the loop sets its own."""
+
+
 @runtime_checkable
 class Engine(Protocol):
     """A source of completions.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from iterative_sft_cli.errors import DataError
-from iterative_sft_cli.generate.base import EngineOutOfMemory
+from iterative_sft_cli.generate.base import EngineOutOfMemory, no_heartbeat
 from iterative_sft_cli.generate.embedded_fallback import generate_with_model
 from iterative_sft_cli.generate.embedded_lean import LeanDecoder, refusal
 from iterative_sft_cli.generate.embedded_module import ATTENTION, Decoder, ModuleDecoder
@@ -43,7 +43,7 @@ class EmbeddedEngine:
         self.loaded = loaded
         self.encoder = encoder
         self.memory_gb = memory_gb
-        self.heartbeat: Callable[[int], None] = _no_heartbeat
+        self.heartbeat: Callable[[int], None] = no_heartbeat
         self.deterministic = not str(loaded.device).startswith("cuda")
         self._replica: Replica | None = None
         self._model: Any = None
@@ -228,10 +228,6 @@ class EmbeddedEngine:
         if self._lean is not False:
             makers.insert(0, LeanDecoder)
         return makers
-
-
-def _no_heartbeat(num_tokens: int) -> None:
-    """Until the loop sets its own."""
 
 
 def _with_attention(model: Any, name: str) -> Any:

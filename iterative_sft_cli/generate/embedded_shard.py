@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from iterative_sft_cli.generate.base import no_heartbeat
 from iterative_sft_cli.generate.embedded_module import Decoder
 from iterative_sft_cli.generate.embedded_sampling import Sampler
 from iterative_sft_cli.generate.stops import StopWatch
@@ -75,10 +76,6 @@ def common_prefix(prompts: Sequence[tuple[int, ...]]) -> list[int]:
     return list(first[: min(same, room)])
 
 
-def _no_heartbeat(num_tokens: int) -> None:
-    """Until the caller sets its own."""
-
-
 class Shard:
     """Runs a shard, or one of `streams` equal shares of it, over a decoder.
 
@@ -105,7 +102,7 @@ class Shard:
         self.sampler = Sampler(decoding)
         self.eos = frozenset(decoding.eos_token_ids)
         self.decode_text = decode_text
-        self.heartbeat: Callable[[int], None] = _no_heartbeat
+        self.heartbeat: Callable[[int], None] = no_heartbeat
         self.rows: list[Row] = []
         self.preempted: list[Row] = []
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from iterative_sft_cli.encoding_thinking import ThinkingTags
 from iterative_sft_cli.errors import ConfigError
+from iterative_sft_cli.generate.base import no_heartbeat
 from iterative_sft_cli.generate.crew import Crew
 from iterative_sft_cli.generate.http_client import ServerError, request_json
 from iterative_sft_cli.types import EOS, LENGTH, STOP, Completion, Decoding, Request
@@ -45,7 +46,7 @@ class OpenAIEngine:
         self.section = section
         self.settings = section.openai
         self.encoder = encoder
-        self.heartbeat: Callable[[int], None] = lambda num_tokens: None
+        self.heartbeat: Callable[[int], None] = no_heartbeat
         self.usage = Usage()
         self._lock = threading.Lock()
         for name in ("base_url", "model"):

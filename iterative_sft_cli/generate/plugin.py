@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import ConfigError, IsftError, PluginError
-from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory
+from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory, no_heartbeat
 from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Completion, Decoding, Request
 
 GROUP = "isft.engines"
@@ -118,7 +118,7 @@ class CheckedEngine:
         self.engine = engine
         self.deterministic = bool(getattr(engine, "deterministic", False))
         self._raised_by_us: BaseException | None = None
-        self.heartbeat: Callable[[int], None] = lambda num_tokens: None
+        self.heartbeat: Callable[[int], None] = no_heartbeat
         engine.heartbeat = self._beat
 
     def _beat(self, num_tokens: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import ConfigError, DataError
+from iterative_sft_cli.generate.base import no_heartbeat
 from iterative_sft_cli.generate.crew import Crew
 from iterative_sft_cli.generate.http_client import ServerError, request_json, stream_json, tell
 from iterative_sft_cli.generate.vllm_proof import compared, mean_difference, served_logprobs
@@ -47,7 +48,7 @@ class VllmEngine:
         self.loaded = loaded
         self.encoder = encoder
         self.base_dir = base_dir
-        self.heartbeat: Callable[[int], None] = lambda num_tokens: None
+        self.heartbeat: Callable[[int], None] = no_heartbeat
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in self.settings.base_urls]
         self._stage = Path(self.settings.stage_to) if self.settings.stage_to else (run_dir or Path()) / "serving"
         if run_dir is None and not self.settings.stage_to:
@@ -325,7 +326,7 @@ class VllmEngine:
                 hint=f"its whole output is in {server.log}",
             )
         server.stop()
-        heartbeat, self.heartbeat = self.heartbeat, lambda num_tokens: None
+        heartbeat, self.heartbeat = self.heartbeat, no_heartbeat
         try:
             self._start(self._serving, (self._serving / "adapter_config.json").exists())
         finally:

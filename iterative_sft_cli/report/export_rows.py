@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from iterative_sft_cli.encoding import seam
 from iterative_sft_cli.encoding_template import read_few_shot
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.filters import resolve_filters
@@ -46,11 +47,6 @@ class Conversation:
         blocks = [self.system] if self.system else []
         blocks += [question + seam(question, answer) + answer for question, answer in self.few_shot]
         return "\n\n".join([*blocks, self.few_shot_text + (prompt if isinstance(prompt, str) else str(prompt))])
-
-
-def seam(question: str, answer: str) -> str:
-    """What the encoder puts between a raw question and its answer: a line break, unless white space is there."""
-    return "" if not question or question[-1].isspace() or answer[:1].isspace() else "\n"
 
 
 def sft_rows(run: Run, rounds: Sequence[int]) -> Iterator[dict[str, Any]]:
