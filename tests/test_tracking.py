@@ -49,8 +49,10 @@ def test_trackio_holds_every_round_and_needs_no_network(toy, tmp_path):
 
 def test_wandb_keeps_everything_on_this_machine_in_its_offline_mode(toy, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
-        monkeypatch.setenv(name, value)
+    # a loaded machine may take long to start the library's helper process
+    settings = {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "_SERVICE_WAIT": "300"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
     outcome, screen = run(toy(rounds=1, tracking=["wandb"]))
     assert outcome.code == 0 and "warning: wandb" not in screen
     [file] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
