@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from iterative_sft_cli.console import duration
-from iterative_sft_cli.report.chart_data import Chart, Line, funnel_chart, line_chart, stacked_bars
+from iterative_sft_cli.report.charts import Chart, Line, funnel_chart, line_chart, stacked_bars
 from iterative_sft_cli.report.paging import RoundReader
 from iterative_sft_cli.report.reader import Run
 from iterative_sft_cli.report.sample_text import says_text, whole_prompt

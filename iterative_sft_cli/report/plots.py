@@ -12,7 +12,7 @@ from typing import Any
 
 from iterative_sft_cli.console import one_line
 from iterative_sft_cli.errors import ConfigError, DataError
-from iterative_sft_cli.report.chart_data import Line
+from iterative_sft_cli.report.charts import Line
 from iterative_sft_cli.report.page_data import DIVERSITY, LENGTHS, RATES, curves, eval_keys, step_curves
 from iterative_sft_cli.report.reader import Run
 from iterative_sft_cli.report.show import funnel_of

@@ -15,7 +15,7 @@ from report_runs import call
 
 from iterative_sft_cli import Run
 from iterative_sft_cli.report import html
-from iterative_sft_cli.report.chart_data import Line, funnel_chart, line_chart, stacked_bars
+from iterative_sft_cli.report.charts import Line, funnel_chart, line_chart, stacked_bars
 from iterative_sft_cli.report.page_data import pick_samples
 
 PAYLOADS = [
