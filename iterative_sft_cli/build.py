@@ -17,7 +17,8 @@ from iterative_sft_cli.types import TrainRow
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What comes of loading the model. `spreads` says whether an engine of its own on every rank makes the same samples."""
+    """What comes of loading the model. `spreads` says whether an engine of its own on every rank makes the same samples; `filters`
+    are those of a rank that judges what it makes."""
 
     encoder: Any
     eval_encoder: Any
@@ -28,6 +29,7 @@ class Parts:
     base_folder: Path | None = None
     model: Any = None
     spreads: bool = True
+    filters: Sequence[Any] = ()
 
 
 def open_parts(loaded: LoadedConfig, run_path: Path, *, serves: bool = True) -> Parts:
@@ -117,7 +119,7 @@ def build_stages(
             return harness.measure(model.model, model.tokenizer, compute_dtype=model.compute_dtype, check=stop)
 
     if ranks is not None:
-        learner, engine = ranks.lead(parts)
+        learner, engine = ranks.lead(parts, filters)
         view.note(f"training and generating on {ranks.size} processes")
     others = find_other_models(config, encoder, loaded.base_dir)
     if base_folder is None and reads_base(config):

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from iterative_sft_cli.filters.chain import AcceptedHistory, FilterChain, Shard
     from iterative_sft_cli.filters.context import Context
-    from iterative_sft_cli.filters.resolve import ResolvedFilter, check_filters, resolve_filters
+    from iterative_sft_cli.filters.resolve import check_filters, resolve_filters
+    from iterative_sft_cli.filters.resolved import ResolvedFilter
     from iterative_sft_cli.filters.runtime import Runtime
     from iterative_sft_cli.filters.says import FilterSays, FunnelRow, Judged, funnel
+    from iterative_sft_cli.filters.sharing import Judging, open_part, share
 
 __all__ = [
     "AcceptedHistory",
@@ -21,12 +23,15 @@ __all__ = [
     "FilterSays",
     "FunnelRow",
     "Judged",
+    "Judging",
     "ResolvedFilter",
     "Runtime",
     "Shard",
     "check_filters",
     "funnel",
+    "open_part",
     "resolve_filters",
+    "share",
 ]
 
 _WHERE = {
@@ -36,12 +41,15 @@ _WHERE = {
     "FilterSays": "says",
     "FunnelRow": "says",
     "Judged": "says",
-    "ResolvedFilter": "resolve",
+    "Judging": "sharing",
+    "ResolvedFilter": "resolved",
     "Runtime": "runtime",
     "Shard": "chain",
     "check_filters": "resolve",
     "funnel": "says",
+    "open_part": "sharing",
     "resolve_filters": "resolve",
+    "share": "sharing",
 }
 
 

@@ -6,7 +6,7 @@ A shard's verdicts depend only on its samples and their order, never on when the
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -16,11 +16,17 @@ from typing import Any, Protocol
 from iterative_sft_cli.errors import ConfigError, PluginError
 from iterative_sft_cli.filters.batches import BatchSizes
 from iterative_sft_cli.filters.contract import Outcome
-from iterative_sft_cli.filters.resolve import ResolvedFilter, is_read, unread_scores
+from iterative_sft_cli.filters.resolve import is_read, unread_scores
+from iterative_sft_cli.filters.resolved import ResolvedFilter
 from iterative_sft_cli.filters.runners import Runner
 from iterative_sft_cli.filters.runtime import Runtime
 from iterative_sft_cli.filters.says import GENERATE, FilterSays, Judged
 from iterative_sft_cli.types import PROMPT_TOO_LONG, STOP, Sample
+
+Elsewhere = MutableMapping[str, list[dict[str, Any]] | None]
+"""What another process says of samples, by their ids: rows of the first filters' verdicts, None while it is at it."""
+BARE = "bare"
+"""Key of such a row whose score was a float, which something must read."""
 
 
 class AcceptedHistory(Protocol):
@@ -61,9 +67,10 @@ class FilterChain:
         batch_sizes: BatchSizes | None = None,
     ) -> None:
         self.filters = [one.at_round(round_index) for one in filters]
+        self.seed = seed
         self.round_index = round_index
         self._encoder = encoder
-        self._max_length = max_length
+        self.max_length = max_length
         self._scores_read = None if scores_read is None else frozenset(scores_read)
         self._own_runtime = runtime is None
         self.runtime = runtime or Runtime()
@@ -111,10 +118,10 @@ class FilterChain:
         """Names of filters with which `until_accepted` cannot work: their verdict on a sample depends on later ones."""
         return [one.name for one in self.filters if one.kind != "sample" and not one.prefix_stable]
 
-    def open_shard(self, earlier: Sequence[Judged] = ()) -> Shard:
+    def open_shard(self, earlier: Sequence[Judged] = (), elsewhere: Elsewhere | None = None) -> Shard:
         """A new shard. `earlier` are judged samples of the same prompts in this round (the waves of `until_accepted`):
-        group filters see them before the new ones, their verdicts stand."""
-        return Shard(self, earlier)
+        group filters see them before the new ones, their verdicts stand. `elsewhere` holds what other processes say."""
+        return Shard(self, earlier, elsewhere)
 
     def prepare(self, sample: Sample) -> tuple[Sample, FilterSays | None]:
         """The sample with reasoning and final part, and the rejection that precedes all filters, if any."""
@@ -129,10 +136,10 @@ class FilterChain:
                 sample = replace(sample, reasoning=thinking.reasoning, final=thinking.final)
         elif sample.final != sample.completion and sample.reasoning is None:
             sample = replace(sample, final=sample.completion)
-        if said is None and self._max_length is not None:
+        if said is None and self.max_length is not None:
             # after a stop string the training row gets an EOS of its own
             size = len(sample.prompt_ids) + len(sample.completion_ids) + (sample.finish_reason == STOP)
-            if size > self._max_length:
+            if size > self.max_length:
                 said = FilterSays(GENERATE, False, None, "too_long")
         return sample, said
 
@@ -182,8 +189,9 @@ class _State:
 class Shard:
     """The samples of one shard on their way through the streaming filters. Not to be shared by threads at one time."""
 
-    def __init__(self, chain: FilterChain, earlier: Sequence[Judged] = ()) -> None:
+    def __init__(self, chain: FilterChain, earlier: Sequence[Judged] = (), elsewhere: Elsewhere | None = None) -> None:
         self._chain = chain
+        self._elsewhere: Elsewhere = {} if elsewhere is None else elsewhere
         self._earlier: dict[str, list[Judged]] = {}
         for one in earlier:
             self._earlier.setdefault(one.sample.prompt_id, []).append(one)
@@ -195,6 +203,8 @@ class Shard:
 
     def submit(self, sample: Sample) -> None:
         """Take a sample as soon as it is generated; starts what can start. Never raises for what a filter does."""
+        if sample.sample_id in self._elsewhere:
+            return
         state = self._admit(sample)
         self._advance(state, streaming=True)
         self._land(block=False)
@@ -223,13 +233,30 @@ class Shard:
         self._chain._check_unread(sorted(self._floats))
         return [Judged(state.sample, tuple(state.said), state.kept) for state in states]
 
+    def said(self, judged: Sequence[Judged]) -> list[list[dict[str, Any]]]:
+        """What was said of `judged`, the result of `finish`, as another process's shard takes it from `elsewhere`."""
+        bare = {name: {BARE: True} for name in self._floats}
+        return [[one.to_row() | bare.get(one.filter, {}) for one in sample.says] for sample in judged]
+
     def _admit(self, sample: Sample) -> _State:
         prepared, rejection = self._chain.prepare(sample)
-        state = _State(prepared)
-        if rejection is not None:
+        rows = self._elsewhere.pop(sample.sample_id, None)
+        if rows is not None:
+            state = self._go_on(prepared, rows)
+        else:
+            state = _State(prepared)
+        if rows is None and rejection is not None:
             state.said.append(rejection)
             state.kept = False
         self._states[sample.sample_id] = state
+        return state
+
+    def _go_on(self, sample: Sample, rows: Sequence[Mapping[str, Any]]) -> _State:
+        """A sample of which another process has said `rows`, the verdicts of the first filters."""
+        judged = Judged.from_rows(sample, rows, all(row["keep"] for row in rows))
+        state = _State(judged.sample)
+        state.said, state.kept, state.position = list(judged.says), judged.kept, len(rows)
+        self._floats.update(row["filter"] for row in rows if row.get(BARE))
         return state
 
     def _advance(self, state: _State, *, streaming: bool) -> None:

@@ -1,4 +1,5 @@
-"""Generation over ranks: whole shards, each made by whichever rank is free, handed on in the order in which they are asked for.
+"""Generation over ranks: whole shards, each made and judged by whichever rank is free, handed on in the order in which they are
+asked for.
 
 Guarantee: a shard is made under the plan that one process would have used, so that its bytes do not depend on which rank made it.
 """
@@ -11,9 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from iterative_sft_cli.filters import Judging
+from iterative_sft_cli.filters.sharing import is_plain
 from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory
 from iterative_sft_cli.ranks.link import Link
 from iterative_sft_cli.ranks.wire import from_decoding, from_requests, pack, to_completion, unpack
+from iterative_sft_cli.rounds.sampling import sample_id
+from iterative_sft_cli.samples import prompt_to_row
 from iterative_sft_cli.types import Completion, Decoding, Request
 
 Shard = tuple[Sequence[Request], Decoding]
@@ -28,18 +33,17 @@ class Job:
         self.made: deque[Completion] = deque()
         self.num_tokens = 0
         self.plan: Any = None
-        self.started = self.done = self.out_of_memory = False
-
-    def take(self) -> Iterator[Completion]:
-        """What has come since the last call."""
-        while self.made:
-            yield self.made.popleft()
+        self.sample_ids: list[str] = []
+        """Of the samples that the rank which makes them judges too; none where rank 0 does."""
+        self.said: list[list[dict[str, Any]]] | None = None
+        self.done = self.out_of_memory = False
 
 
 class RankedEngine:
     """Rank 0's `Engine` over its own and those of the others; see `generate/base.py` for the contract.
 
     `announce` says which shards will be asked for, in order; those are shared out. Others are made here.
+    `elsewhere` holds what other ranks say of the samples that they make, by sample id; None while they are at it.
     """
 
     def __init__(self, local: Engine, link: Link) -> None:
@@ -47,7 +51,9 @@ class RankedEngine:
         self.deterministic = local.deterministic
         self.heartbeat: Callable[[int], None] = lambda _tokens: None
         local.heartbeat = self._beat
+        self.elsewhere: dict[str, list[dict[str, Any]] | None] = {}
         self._coming: Iterator[Shard] = iter(())
+        self._judging: Judging | None = None
         self._number = 0
         self._jobs: dict[int, Job] = {}
         self._by_key: dict[tuple[Any, ...], int] = {}
@@ -76,10 +82,10 @@ class RankedEngine:
         """The batch shape of a shard, as one process would choose it."""
         return self._local.plan(requests, decoding)
 
-    def announce(self, shards: Iterable[Shard]) -> None:
-        """The shards that will be asked for next, in that order; read as they are needed."""
+    def announce(self, shards: Iterable[Shard], judging: Judging | None = None) -> None:
+        """The shards that will be asked for next, in that order, read as they are needed; and how they are judged elsewhere."""
         self._finish()
-        self._coming, self._exhausted = iter(shards), False
+        self._coming, self._exhausted, self._judging = iter(shards), False, judging
 
     def generate(self, requests: Sequence[Request], decoding: Decoding, plan: dict[str, Any]) -> Iterator[Completion]:
         """The completions of a shard, from the rank that makes it. Raises EngineOutOfMemory as that rank did."""
@@ -92,17 +98,31 @@ class RankedEngine:
         self._taken += 1
         while True:
             if job.plan is not None and job.plan != _plain(plan):
-                del self._jobs[number]
+                self._drop(number)
                 yield from self._alone(requests, decoding, plan)
                 return
-            yield from job.take()
+            yield from self._hand_on(job)
             if job.out_of_memory:
-                del self._jobs[number]
+                self._drop(number)
                 raise EngineOutOfMemory("on another rank")
             if job.done:
                 break
             yield from self._go_on(job)
-        del self._jobs[number]
+        self._drop(number)
+        if job.said is not None:
+            self.elsewhere.update(zip(job.sample_ids, job.said, strict=True))
+
+    def _hand_on(self, job: Job) -> Iterator[Completion]:
+        """What has come of a shard since the last call."""
+        if job.made:
+            # said first: these samples are not judged here
+            self.elsewhere.update(dict.fromkeys(job.sample_ids))
+        while job.made:
+            yield job.made.popleft()
+
+    def _drop(self, number: int) -> None:
+        for name in self._jobs.pop(number).sample_ids:
+            self.elsewhere.pop(name, None)
 
     def _go_on(self, wanted: Job) -> Iterator[Completion]:
         """Make some shard here, or wait for what the others make; returns when there may be news of `wanted`."""
@@ -118,7 +138,7 @@ class RankedEngine:
             for completion in made:
                 job.made.append(completion)
                 self._hear(0.0)
-                yield from wanted.take()
+                yield from self._hand_on(wanted)
                 if wanted.done or wanted.out_of_memory:
                     return
             job.done = True
@@ -161,13 +181,18 @@ class RankedEngine:
             self._open = True
             self._number += 1
             self._posted = self._taken = 0
-            self._link.command("generate", number=self._number)
+            part = None if self._judging is None else self._judging.part
+            self._link.command("generate", number=self._number, judging=part)
         job = Job(shard)
         requests, decoding = shard
         if post:
             self._link.put(
                 f"job/{self._number}/{self._posted}",
-                {"requests": from_requests(requests), "decoding": from_decoding(decoding)},
+                {
+                    "requests": from_requests(requests),
+                    "decoding": from_decoding(decoding),
+                    "prompts": _prompts_of(requests, self._judging),
+                },
             )
         self._jobs[self._posted] = job
         self._by_key[_key(requests)] = self._posted
@@ -201,6 +226,9 @@ class RankedEngine:
             if job is None:
                 continue
             job.plan = said["plan"]
+            if said["judges"] and self._judging is not None and not job.sample_ids:
+                job.sample_ids = _sample_ids(job.shard[0], self._judging.round_index)
+            job.said = said["said"]
             job.made.extend(to_completion(values) for values in said["made"])
             job.num_tokens += said["tokens"]
             job.done = said["done"]
@@ -223,8 +251,22 @@ class RankedEngine:
 
 
 def _key(requests: Sequence[Request]) -> tuple[Any, ...]:
-    first, last = requests[0], requests[-1]
-    return (first.prompt_id, first.seeds, first.sample_indices, last.prompt_id, last.seeds)
+    return tuple((request.prompt_id, request.seeds) for request in requests)
+
+
+def _sample_ids(requests: Sequence[Request], round_index: int) -> list[str]:
+    return [sample_id(round_index, one.prompt_id, index) for one in requests for index in one.sample_indices]
+
+
+def _prompts_of(requests: Sequence[Request], judging: Judging | None) -> list[Any] | None:
+    """What filters see of each request's prompt, and the ids to train after; None where JSON would change that."""
+    if judging is None:
+        return None
+    rows = [
+        [prompt_to_row(judging.prompts[one.prompt_id]), list(judging.trained_after.get(one.prompt_id, one.prompt_ids))]
+        for one in requests
+    ]
+    return rows if is_plain(rows) else None
 
 
 def _plain(plan: dict[str, Any]) -> Any:

@@ -10,11 +10,13 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from iterative_sft_cli.errors import EXIT_BUG, EXIT_OK, ConfigError, DataError, IsftError
+from iterative_sft_cli.filters import ResolvedFilter
 from iterative_sft_cli.ranks.collectives import close_collectives, open_collectives
 from iterative_sft_cli.ranks.engine import RankedEngine
 from iterative_sft_cli.ranks.learner import RankedLearner
@@ -117,18 +119,26 @@ class Ranks:
             timeout_s=float(loaded.config.generate.timeout_s),
         )
 
-    def lead(self, parts: Any) -> tuple[Any, Any]:
-        """(learner, engine) over all ranks, once each has loaded the model. Raises DataError when one has another model."""
+    def lead(self, parts: Any, filters: Sequence[ResolvedFilter]) -> tuple[Any, Any]:
+        """(learner, engine) over all ranks, once each has loaded the model. Raises DataError when one has another model or filter."""
         link = self.link
         assert link is not None
         for rank in range(1, self.size):
-            base_hash = link.take(f"ready/{rank}")
+            base_hash, hashes = link.take(f"ready/{rank}")
+            name = link.names.get(rank, f"rank {rank}")
             if base_hash != parts.base_hash:
                 raise DataError(
-                    f"{link.names.get(rank, f'rank {rank}')} has another base model than rank 0",
+                    f"{name} has another base model than rank 0",
                     where="model.path",
                     hint="give every host the same files, or pin model.revision",
                 )
+            for one in filters:
+                if hashes.get(one.name) != one.source_hash:
+                    raise DataError(
+                        f"{name} has another source of the filter `{one.name}` than rank 0",
+                        where=one.key,
+                        hint="give every host the same files and the same versions",
+                    )
         open_collectives(link, parts)
         engine = RankedEngine(parts.engine, link) if parts.spreads else parts.engine
         return RankedLearner(parts.learner, link), engine
@@ -157,6 +167,7 @@ def start_worker(place: Placement) -> subprocess.Popen[bytes]:
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.size),
         "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_WORLD_SIZE": str(place.size),
         "MASTER_ADDR": place.address,
         "MASTER_PORT": str(place.port),
         "ISFT_LAUNCHER": "isft",

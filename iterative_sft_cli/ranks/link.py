@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from iterative_sft_cli.errors import IsftError, Preempted
+from iterative_sft_cli.ranks.connect import open_store
 from iterative_sft_cli.ranks.faults import Ended, MeetingFailed, Patience, RankError, failure_of, first_line
 from iterative_sft_cli.ranks.placement import Placement
 from iterative_sft_cli.ranks.wire import pack, unpack
@@ -63,23 +64,15 @@ class Link:
     # --- joining --------------------------------------------------------------------------------------------------------
 
     def _connect(self, *, serve: bool) -> Any:
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
         place = self.placement
+        port = self.port if hasattr(self, "_store") else place.port
         try:
-            store = TCPStore(
-                place.address,
-                self.port if hasattr(self, "_store") else place.port,
-                is_master=serve,
-                timeout=timedelta(seconds=min(self.patience.join_s, CONNECT_S)),
-                wait_for_workers=False,
-            )
+            return open_store(place.address, port, serve=serve, wait_s=min(self.patience.join_s, CONNECT_S))
         except (RuntimeError, OSError) as error:
             raise RankError(
                 f"rank {place.rank} cannot reach rank 0's store at {place.address}:{place.port}: {first_line(error)}",
                 hint="is rank 0 running, and does the network let this port through? set MASTER_PORT for another one",
             ) from None
-        return store
 
     @property
     def port(self) -> int:

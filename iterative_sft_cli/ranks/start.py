@@ -44,11 +44,22 @@ def work(placement: Placement) -> int:
 
 
 def open_parts(setup: dict[str, Any]) -> Any:
-    """The model as rank 0's config says, on this rank's device."""
+    """The model and the filters as rank 0's config says, the model on this rank's device."""
+    from dataclasses import replace
+
     from iterative_sft_cli.build import open_parts
     from iterative_sft_cli.config import LoadedConfig
+    from iterative_sft_cli.filters import resolve_filters
+    from iterative_sft_cli.filters.processes import cores
 
     loaded = LoadedConfig.from_resolved(
         setup["merged"], source=b"", path=Path(setup["run_dir"]) / "config.yaml", base_dir=Path(setup["base_dir"])
     )
-    return open_parts(loaded, Path(setup["run_dir"]), serves=False)
+    parts = open_parts(loaded, Path(setup["run_dir"]), serves=False)
+    # every rank of a host has worker processes of its own: by default as many on the host as one process would have
+    workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    filters = [
+        one if one.device not in (None, "cpu") else replace(one, workers=one.workers or workers)
+        for one in resolve_filters(loaded.config.filters, base_dir=loaded.base_dir)
+    ]
+    return replace(parts, filters=filters)

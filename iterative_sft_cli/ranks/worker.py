@@ -19,6 +19,7 @@ from iterative_sft_cli.errors import EXIT_STORAGE, IsftError
 from iterative_sft_cli.generate.base import EngineOutOfMemory
 from iterative_sft_cli.ranks.collectives import open_collectives
 from iterative_sft_cli.ranks.faults import Ended, RankError, is_broken_connection
+from iterative_sft_cli.ranks.judging import RankJudge, hashes_of
 from iterative_sft_cli.ranks.learner import problem_of, take_part
 from iterative_sft_cli.ranks.link import Link
 from iterative_sft_cli.ranks.placement import Placement
@@ -27,7 +28,7 @@ from iterative_sft_cli.train.base import TrainOutOfMemory
 from iterative_sft_cli.watchdog import Watchdog
 
 SAY_EVERY_S = 0.5
-"""Completions are sent on this often: rank 0 judges them while the shard goes on."""
+"""Completions are sent on this often: rank 0 sees that the shard goes on, and judges what is not judged here."""
 
 OpenParts = Callable[..., Any]
 
@@ -35,7 +36,7 @@ OpenParts = Callable[..., Any]
 def serve(placement: Placement, open_parts: OpenParts) -> int:
     """Work for rank 0 until the run ends; returns the exit code that rank 0 ends with.
 
-    `open_parts(setup)` loads the model and returns an object with `learner`, `engine`, `base_hash` and `device`.
+    `open_parts(setup)` loads the model and returns an object with `learner`, `engine`, `encoder`, `filters`, `base_hash` and `model`.
     """
     try:
         link = Link(placement)
@@ -76,7 +77,8 @@ class Worker:
             self.timeout_s = float(setup["timeout_s"])
             parts = open_parts(setup)
             self.learner, self.engine = parts.learner, parts.engine
-            link.put(f"ready/{link.rank}", parts.base_hash)
+            self.judge = RankJudge(parts.encoder, parts.filters, link)
+            link.put(f"ready/{link.rank}", [parts.base_hash, hashes_of(parts.filters)])
             open_collectives(link, parts)
         except (Ended, RankError):
             raise
@@ -85,14 +87,17 @@ class Worker:
 
     def run(self) -> int:
         """Do what rank 0 says; ends by Ended or RankError."""
-        while True:
-            command, part = self.link.next_command()
-            try:
-                getattr(self, f"do_{command['do']}")(command, part)
-            except (Ended, RankError):
-                raise
-            except Exception as error:
-                self._fail(error)
+        try:
+            while True:
+                command, part = self.link.next_command()
+                try:
+                    getattr(self, f"do_{command['do']}")(command, part)
+                except (Ended, RankError):
+                    raise
+                except Exception as error:
+                    self._fail(error)
+        finally:
+            self.judge.close()
 
     def _fail(self, error: Exception) -> None:
         """Tell rank 0, whose run this ends, and wait for that end."""
@@ -178,23 +183,27 @@ class Worker:
     def do_generate(self, command: dict[str, Any], part: Any) -> None:
         """Make shards until none is left."""
         number = command["number"]
-        while self.engine is not None:
-            index = self.link.count(f"cursor/{number}") - 1
-            job = self.link.take(f"job/{number}/{index}")
-            if job is None:
-                return
-            self._make(number, index, to_requests(job["requests"]), to_decoding(job["decoding"]))
+        with self.judge.of(command["judging"]):
+            while self.engine is not None:
+                index = self.link.count(f"cursor/{number}") - 1
+                job = self.link.take(f"job/{number}/{index}")
+                if job is None:
+                    return
+                self._make(number, index, job)
 
-    def _make(self, number: int, index: int, requests: Any, decoding: Any) -> None:
+    def _make(self, number: int, index: int, job: Any) -> None:
+        requests, decoding = to_requests(job["requests"]), to_decoding(job["decoding"])
         plan = unpack(pack(self.engine.plan(requests, decoding)))
+        shard = self.judge.open(job["prompts"])
         made: list[Any] = []
         tokens = 0
         said = time.monotonic()
 
-        def say(*, done: bool = False, out_of_memory: bool = False) -> None:
+        def say(*, done: bool = False, out_of_memory: bool = False, verdicts: Any = None) -> None:
             nonlocal said, tokens
             values = {"number": number, "job": index, "plan": plan, "made": made[:], "tokens": tokens}
-            self.link.say("made", done=done, out_of_memory=out_of_memory, **values)
+            judged = {"judges": shard is not None, "said": verdicts}
+            self.link.say("made", done=done, out_of_memory=out_of_memory, **values, **judged)
             made.clear()
             tokens, said = 0, time.monotonic()
 
@@ -216,6 +225,8 @@ class Worker:
             with watchdog:
                 for completion in self.engine.generate(requests, decoding, plan):
                     made.append(from_completion(completion))
+                    if shard is not None:
+                        shard.submit(completion)
                     watchdog.beat()
                     self.link.check()
                     if time.monotonic() - said > SAY_EVERY_S:
@@ -224,7 +235,7 @@ class Worker:
             made.clear()
             say(out_of_memory=True)
             return
-        say(done=True)
+        say(done=True, verdicts=None if shard is None else shard.finish(requests))
 
     def _hung(self, error: RankError) -> None:
         import faulthandler

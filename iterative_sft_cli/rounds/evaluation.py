@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from iterative_sft_cli.eval import PromptResult, changes, summarize
-from iterative_sft_cli.filters import FilterChain
+from iterative_sft_cli.filters import FilterChain, share
 from iterative_sft_cli.harness import figures as harness_figures
 from iterative_sft_cli.rounds.sampling import generate_shard, into_shards, make_requests, seeds_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
@@ -57,13 +57,16 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     total = sum(len(request.seeds) for shard, _ in plans for request in shard)
     sealed = set(stages.run.shards.names(round_index, EVAL))
-    stages.announce(plan for index, plan in enumerate(plans) if f"{EVAL}-{index:05d}" not in sealed)
+    stages.announce(
+        (plan for index, plan in enumerate(plans) if f"{EVAL}-{index:05d}" not in sealed),
+        share(chain, by_id, groups=True),
+    )
     with stages.view.phase("eval", round_index, total, "samples") as phase:
         for index, (shard, how) in enumerate(plans):
             name = f"{EVAL}-{index:05d}"
             found = stages.run.shards.read(round_index, name)
             if found is None:
-                stream = chain.open_shard()
+                stream = stages.open_shard(chain)
                 samples, plan = generate_shard(
                     stages,
                     open_engine(),

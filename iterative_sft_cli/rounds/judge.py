@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 
 from iterative_sft_cli.errors import ConfigError
-from iterative_sft_cli.filters import FilterChain, Judged
+from iterative_sft_cli.filters import FilterChain, Judged, share
 from iterative_sft_cli.guards import check_budget, tokens_so_far
 from iterative_sft_cli.rounds.hints import FIRST_HINTED, hinted_prompt, second_tries
 from iterative_sft_cli.rounds.sampling import SHARD_ROWS, generate_shard, make_request, seeds_of
@@ -141,12 +141,14 @@ class RoundJudge:
         judging: list[Future[Counter[str]]] = []
         for place, source in enumerate(self.sources):
             last = place == len(self.sources) - 1
-            self.stages.announce(self._left(self._asked(units, place), f"{GENERATED}-", self._number))
+            asked = self._left(self._asked(units, place), f"{GENERATED}-", self._number)
+            alone = len(self.sources) == 1 and self._history is None
+            self.stages.announce(asked, share(self.chain, self.by_id, groups=alone))
             for unit, made in zip(units, pieces, strict=True):
                 requests = [self._request(draw, place) for draw in unit]
                 requests = [request for request in requests if request.sample_indices]
                 early = last and not made and self._history is None
-                stream = self.chain.open_shard() if early and not self.chain.needs_device else None
+                stream = self.stages.open_shard(self.chain) if early and not self.chain.needs_device else None
                 if requests:
                     made.append(self._generate(f"{GENERATED}-{self._number:05d}", source, requests, stream))
                     self._number += 1
@@ -283,9 +285,12 @@ class RoundJudge:
         judging = []
         units = list(into_units(draws))
         asked_for = ([by_id[draw.prompt.prompt_id] for draw in unit] for unit in units)
-        self.stages.announce(self._left(asked_for, f"{GENERATED}-{HINTED}-", 0))
+        self.stages.announce(
+            self._left(asked_for, f"{GENERATED}-{HINTED}-", 0),
+            share(self.chain, self.by_id, groups=True, trained_after=plain),
+        )
         for number, unit in enumerate(units):
-            stream = None if self.chain.needs_device else self.chain.open_shard()
+            stream = None if self.chain.needs_device else self.stages.open_shard(self.chain)
             asked_now = [by_id[draw.prompt.prompt_id] for draw in unit]
             name = f"{GENERATED}-{HINTED}-{number:05d}"
             piece = self._generate(name, source, asked_now, stream, trained_after=plain)
@@ -337,9 +342,7 @@ class RoundJudge:
         if stream is None:
             history = self._history or {}
             earlier = () if hinted else [one for s in _prompts_of(samples) for one in history.get(s, ())]
-            stream = self.chain.open_shard(earlier)
-            for sample in samples:
-                stream.submit(sample)
+            stream = self.stages.open_shard(self.chain, earlier)
         judged: list[Judged] = stream.finish(samples)
         by_id = {one.sample.sample_id: one for one in judged}
         for piece in pieces:

@@ -65,6 +65,38 @@ def into_shards(requests: Sequence[Request], rows: int = SHARD_ROWS) -> Iterator
         yield shard
 
 
+def sample_id(round_index: int, prompt_id: str, sample_index: int) -> str:
+    """The name of a sample in its run."""
+    return f"{round_index}-{prompt_id}-{sample_index}"
+
+
+def make_sample(
+    prompt: Prompt,
+    completion: Completion,
+    prompt_ids: Sequence[int],
+    *,
+    round_index: int,
+    decode: Callable[[Sequence[int]], str],
+) -> Sample:
+    """A completion with all that is known of its prompt, to be trained after `prompt_ids`."""
+    text = decode(completion.token_ids) if completion.text is None else completion.text
+    return Sample(
+        prompt_id=prompt.prompt_id,
+        sample_id=sample_id(round_index, prompt.prompt_id, completion.sample_index),
+        round_index=round_index,
+        prompt=prompt.prompt,
+        completion=text,
+        answer=prompt.answer,
+        row=prompt.row,
+        prompt_ids=tuple(prompt_ids),
+        completion_ids=completion.token_ids,
+        finish_reason=completion.finish_reason,
+        logprob=completion.logprob,
+        final=text,
+        sample_index=completion.sample_index,
+    )
+
+
 def generate_shard(
     stages: Stages,
     engine: Engine,
@@ -235,22 +267,8 @@ def _collect(
     with watchdog:
         for completion in _completions(engine, requests, decoding, plan, finished):
             prompt = prompts[completion.prompt_id]
-            text = stages.encoder.decode(completion.token_ids) if completion.text is None else completion.text
-            sample = Sample(
-                prompt_id=prompt.prompt_id,
-                sample_id=f"{round_index}-{prompt.prompt_id}-{completion.sample_index}",
-                round_index=round_index,
-                prompt=prompt.prompt,
-                completion=text,
-                answer=prompt.answer,
-                row=prompt.row,
-                prompt_ids=tuple(trained_after.get(prompt.prompt_id, ids[prompt.prompt_id])),
-                completion_ids=completion.token_ids,
-                finish_reason=completion.finish_reason,
-                logprob=completion.logprob,
-                final=text,
-                sample_index=completion.sample_index,
-            )
+            after = trained_after.get(prompt.prompt_id, ids[prompt.prompt_id])
+            sample = make_sample(prompt, completion, after, round_index=round_index, decode=stages.encoder.decode)
             made[prompt.prompt_id, completion.sample_index] = sample
             if completion.token_logprobs is not None:
                 logprobs[sample.sample_id] = list(completion.token_logprobs)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from iterative_sft_cli.filters import FilterChain
+from iterative_sft_cli.filters import FilterChain, share
 from iterative_sft_cli.filters.scores import value_of
 from iterative_sft_cli.rounds.sampling import generate_shard, into_shards, make_requests, seeds_of
 from iterative_sft_cli.rounds.splits import FilterSplits
@@ -114,11 +114,12 @@ def _sample(
     )
     rows: list[Mapping[str, Any]] = []
     sealed = set(stages.run.shards.names(round_index, TRIALS))
-    stages.announce(
+    unsealed = (
         (shard, decoding)
         for index, shard in enumerate(into_shards(requests))
         if f"{TRIALS}-{number:02d}-{index:05d}" not in sealed and not chain.needs_device
     )
+    stages.announce(unsealed, share(chain, by_id, groups=True))
     with chain, stages.view.phase("search", round_index, len(prompts) * num_samples, "samples") as phase:
         for index, shard in enumerate(into_shards(requests)):
             name = f"{TRIALS}-{number:02d}-{index:05d}"
@@ -145,7 +146,7 @@ def _sample(
                         "correct": not any(says.score == 0.0 for says in one.says if says.filter in verifiers),
                         "value": None if searched is None else value_of(str(searched.arguments["by"]), one.sample),
                     }
-                    for one in chain.open_shard().finish(samples)
+                    for one in stages.open_shard(chain).finish(samples)
                 ]
                 stages.run.shards.seal(round_index, name, made, {"weights": source.weights(), "plan": plan})
                 rows += made

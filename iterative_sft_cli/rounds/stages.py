@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from iterative_sft_cli.filters import FilterChain, Judged, Judging, Runtime, Shard
 from iterative_sft_cli.filters.cache import FOLDER
-from iterative_sft_cli.filters.runtime import Runtime
 from iterative_sft_cli.generate.base import Engine
 from iterative_sft_cli.rounds.weights import EngineSession
 from iterative_sft_cli.rundir.cost import CostMeter
@@ -83,11 +83,16 @@ class Stages:
         """Where filters keep what saves work; it decides nothing and may be removed."""
         return Path(self.run.path) / FOLDER
 
-    def announce(self, shards: Iterable[tuple[Sequence[Request], Decoding]]) -> None:
-        """Tell an engine over several processes which shards it will be asked for, in order, so that it can share them out."""
+    def announce(self, shards: Iterable[tuple[Sequence[Request], Decoding]], judging: Judging | None = None) -> None:
+        """Tell an engine over several processes which shards it will be asked for, in order, so that it can share them out;
+        `judging` says how they are judged where they are made."""
         announce = getattr(self.engine, "announce", None)
         if announce is not None:
-            announce(shards)
+            announce(shards, judging)
+
+    def open_shard(self, chain: FilterChain, earlier: Sequence[Judged] = ()) -> Shard:
+        """A shard of `chain` that takes what was judged where it was made."""
+        return chain.open_shard(earlier, getattr(self.engine, "elsewhere", None))
 
     def hours(self) -> float:
         """Wall time of this process's part of the run, in hours."""

@@ -26,7 +26,7 @@ def contents(run: Path) -> dict[str, str]:
     """Hashes of everything that the same run leaves the same, wherever it was made."""
     found = {}
     for path in sorted(p for p in run.rglob("*") if p.is_file()):
-        if path.name in VOLATILE or path.name == "MANIFEST.json" or "quarantine" in path.parts:
+        if path.name in VOLATILE or path.name == "MANIFEST.json" or {"quarantine", "cache"} & set(path.parts):
             continue
         found[str(path.relative_to(run))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

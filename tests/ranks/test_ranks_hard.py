@@ -64,11 +64,11 @@ def base_changes():
     return {"train": {"start_from": "base", "optimizer_state": "fresh"}, "rounds": 2}
 
 
-PHASES = ("load", "serve", "generate", "begin", "batches", "backward")
+PHASES = ("load", "serve", "generate", "filters", "begin", "batches", "backward")
 
 
 @pytest.mark.parametrize(
-    "late", [*(f"1,{phase}" for phase in PHASES), *(f"0,{phase}" for phase in (*PHASES, "filters", "weights", "save"))]
+    "late", [*(f"1,{phase}" for phase in PHASES), *(f"0,{phase}" for phase in (*PHASES, "weights", "save"))]
 )
 def test_a_rank_that_is_late_breaks_nothing(forks, tmp_path, tiny_model, undisturbed, late, said):
     config = write_tiny(tmp_path, "run", tiny_model, **base_changes())

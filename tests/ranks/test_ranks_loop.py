@@ -27,24 +27,85 @@ def test_two_ranks_leave_what_one_process_leaves(forks, tmp_path, alone):
     assert (tmp_path / "rank1.txt").read_text() == ""
 
 
-def test_shards_are_made_on_every_rank(forks, tmp_path):
-    config = write_toy_many(tmp_path, "run", rounds=1)
+FILTERS = [
+    "finished",
+    "odd.py:not_odd",
+    "numeric_answer",
+    "dedup",
+    {"top_k": {"by": "-num_tokens", "k": 3}},
+    "even_level.py:even_level",
+]
+ODD = "def not_odd(sample, most=9):\n    return len(sample.completion) % 2 == 0 or int(sample.row['level']) < most\n"
+WIDE = "def even_level(samples):\n    return [one.row['level'] % 2 == 0 for one in samples]\n"
+COUNT = """
+import time
+import toy_backend
+from iterative_sft_cli.filters.runners import DirectRunner
+for name in ("made", "judged"):
+    open(f"{FOLDER}/{name}-{RANK}", "a").close()
+judged = DirectRunner.judge
+def judge(self, sample):
+    with open(f"{FOLDER}/judged-{RANK}", "a") as file:
+        file.write(f"{self._one.name} {sample.sample_id}\\n")
+    return judged(self, sample)
+DirectRunner.judge = judge
+made = toy_backend.ToyEngine.generate
+def generate(self, requests, decoding, plan):
+    open(f"{FOLDER}/made-{RANK}", "a").write(f"{len(requests)}\\n")
+    time.sleep(0.3)
+    yield from made(self, requests, decoding, plan)
+toy_backend.ToyEngine.generate = generate
+import iterative_sft_cli.build as build
+build.open_backend = lambda config, base: toy_backend.make(config)
+"""
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_shards_are_made_and_judged_on_every_rank(forks, tmp_path, size, said):
+    """Filters of samples, of groups and of the round: what one process accepts, each sample judged once."""
+    (tmp_path / "odd.py").write_text(ODD)
+    (tmp_path / "even_level.py").write_text(WIDE)
+    whole = write_toy_many(tmp_path, "whole", rounds=1, filters=FILTERS)
+    config = write_toy_many(tmp_path, "run", rounds=1, filters=FILTERS)
+    assert forks.run(tmp_path, 1, "train", str(whole)) == [0], said(0)
     count = tmp_path / "count.py"
-    count.write_text(
-        "import toy_backend, time\n"
-        "made = toy_backend.ToyEngine.generate\n"
-        "def generate(self, requests, decoding, plan):\n"
-        f"    open({str(tmp_path)!r} + f'/made-{{RANK}}', 'a').write(f'{{len(requests)}}\\n')\n"
-        "    time.sleep(0.3)\n"
-        "    yield from made(self, requests, decoding, plan)\n"
-        "toy_backend.ToyEngine.generate = generate\n"
-        "import iterative_sft_cli.build as build\n"
-        "build.open_backend = lambda config, base: toy_backend.make(config)\n"
+    count.write_text(COUNT.replace("{FOLDER}", str(tmp_path)))
+    assert forks.run(tmp_path, size, "train", str(config), before=count, **QUICK) == [0] * size, said(0)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    made = [(tmp_path / f"made-{rank}").read_text().split() for rank in range(size)]
+    assert sum(map(len, made)) == 4 + 2 * 2  # shards of the round, and of two evaluations
+    assert sum(map(bool, made)) > 1  # a rank that starts late may find none left
+    judged = [(tmp_path / f"judged-{rank}").read_text().splitlines() for rank in range(size)]
+    first = [line for each in judged for line in each if line.startswith("finished 1-")]
+    assert len(first) == 200 * 8 + 40 * 16  # of the round and of its evaluation
+    assert sum(map(bool, judged)) > 1 and said(1) == ""
+
+
+def test_a_filter_that_fails_on_another_rank_is_tried_by_rank_0(forks, tmp_path, alone, said):
+    break_it = tmp_path / "break.py"
+    break_it.write_text(
+        "from iterative_sft_cli.filters.runners import DirectRunner\n"
+        "judged = DirectRunner.judge\n"
+        "def judge(self, sample):\n"
+        "    if RANK:\n"
+        "        raise RuntimeError('only here')\n"
+        "    return judged(self, sample)\n"
+        "DirectRunner.judge = judge\n"
     )
-    assert forks.run(tmp_path, 2, "train", str(config), before=count, **QUICK) == [0, 0]
-    made = [(tmp_path / f"made-{rank}").read_text().split() for rank in range(2)]
-    assert len(made[0]) + len(made[1]) == 4 + 2 * 2  # shards of the round, and of two evaluations
-    assert min(len(made[0]), len(made[1])) >= 2
+    config = write_toy_many(tmp_path, "run")
+    assert forks.run(tmp_path, 2, "train", str(config), before=break_it, **QUICK) == [0, 0], said(0)
+    assert contents(tmp_path / "run") == alone
+
+
+def test_a_host_with_another_filter_is_refused(forks, tmp_path, said):
+    other = tmp_path / "other.py"
+    other.write_text(
+        "from iterative_sft_cli.ranks import judging, worker\n"
+        "worker.hashes_of = lambda filters: {**judging.hashes_of(filters), 'dedup': 'x'}\n"
+    )
+    config = write_toy_many(tmp_path, "run")
+    assert forks.run(tmp_path, 2, "train", str(config), before=other, **QUICK) == [4, 4]
+    assert "has another source of the filter `dedup` than rank 0" in said(0)
 
 
 def test_a_config_error_ends_every_rank_with_its_code(forks, tmp_path, said):
