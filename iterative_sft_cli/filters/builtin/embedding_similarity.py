@@ -6,23 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from iterative_sft_cli.errors import DataError
-from iterative_sft_cli.filters.builtin.scoring_models import ScoringModel, in_batches, longest_input, pad
-from iterative_sft_cli.filters.builtin.spec import BuiltIn, at_least
+from iterative_sft_cli.filters.builtin.scoring_models import ScoringFilter, ScoringModel, in_batches, pad, scorer_spec
 from iterative_sft_cli.types import Sample, Verdict
 
-SPEC = BuiltIn(
-    role="scorer",
-    cost="two short forward passes a sample in batches; runs when the engine has left the GPU",
-    honours=("device",),
-    batched=True,
-    device=True,
-    paths=("path",),
-    hub=True,
-    check=at_least("batch_size", 1),
-)
+SPEC = scorer_spec("two short forward passes a sample in batches; runs when the engine has left the GPU")
 
 
-class embedding_similarity:
+class embedding_similarity(ScoringFilter):
     """Keep everything and score each sample with the cosine similarity, -1 to 1, of its final part and a reference.
 
     path: an encoder model, folder or hub id (with `revision`); a text's vector is the mean of its last hidden states over
@@ -39,14 +29,7 @@ class embedding_similarity:
         max_length: int | None = None,
     ) -> None:
         self._to = to
-        self.batch_size = batch_size
-        self._max_length = max_length
-        self._scorer = ScoringModel("AutoModel", path, revision, "embedding_similarity")
-        self.device: str | None = None
-
-    def __call__(self, sample: Sample) -> Verdict:
-        """One sample; the chain hands over whole shards to `judge_batch`."""
-        return self.judge_batch([sample])[0]
+        super().__init__(ScoringModel("AutoModel", path, revision, "embedding_similarity"), batch_size, max_length)
 
     def judge_batch(self, samples: Sequence[Sample]) -> list[Verdict]:
         """Scores in the order of `samples`."""
@@ -73,9 +56,7 @@ class embedding_similarity:
         return str(value)
 
     def _embed(self, texts: Sequence[str]) -> list[list[float]]:
-        self._scorer.device = self.device
-        model, tokenizer, torch = self._scorer.load()
-        limit = longest_input(model, self._max_length)
+        model, tokenizer, torch, limit = self.load()
         rows = [tokenizer(text)["input_ids"][:limit] or [0] for text in texts]
 
         def run(batch: list[list[int]]) -> Sequence[list[float]]:
@@ -88,7 +69,3 @@ class embedding_similarity:
             return vectors
 
         return in_batches(rows, self.batch_size, run)
-
-    def release(self) -> None:
-        """Leave the accelerator."""
-        self._scorer.release()

@@ -6,23 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from iterative_sft_cli.filters.builtin.scoring_models import ScoringModel, conversation, in_batches, longest_input, pad
-from iterative_sft_cli.filters.builtin.spec import BuiltIn, at_least
+from iterative_sft_cli.filters.builtin.scoring_models import (
+    ScoringFilter,
+    ScoringModel,
+    conversation,
+    in_batches,
+    pad,
+    scorer_spec,
+)
 from iterative_sft_cli.types import Sample, Verdict
 
-SPEC = BuiltIn(
-    role="scorer",
-    cost="one forward pass a sample in batches; runs when the engine has left the GPU",
-    honours=("device",),
-    batched=True,
-    device=True,
-    paths=("path",),
-    hub=True,
-    check=at_least("batch_size", 1),
-)
+SPEC = scorer_spec("one forward pass a sample in batches; runs when the engine has left the GPU")
 
 
-class perplexity:
+class perplexity(ScoringFilter):
     """Keep everything and score each sample with the perplexity of its completion, given its prompt: lower is likelier.
 
     path: a causal language model, folder or hub id (with `revision`). given_prompt: false scores the completion alone. A sample longer
@@ -38,21 +35,12 @@ class perplexity:
         max_length: int | None = None,
         given_prompt: bool = True,
     ) -> None:
-        self.batch_size = batch_size
-        self._max_length = max_length
         self._given_prompt = given_prompt
-        self._scorer = ScoringModel("AutoModelForCausalLM", path, revision, "perplexity")
-        self.device: str | None = None
-
-    def __call__(self, sample: Sample) -> Verdict:
-        """One sample; the chain hands over whole shards to `judge_batch`."""
-        return self.judge_batch([sample])[0]
+        super().__init__(ScoringModel("AutoModelForCausalLM", path, revision, "perplexity"), batch_size, max_length)
 
     def judge_batch(self, samples: Sequence[Sample]) -> list[Verdict]:
         """Scores in the order of `samples`."""
-        self._scorer.device = self.device
-        model, tokenizer, torch = self._scorer.load()
-        limit = longest_input(model, self._max_length)
+        model, tokenizer, torch, limit = self.load()
         rows: list[list[int]] = []
         # how many of a row's last tokens are the completion's
         own: dict[int, int] = {}
@@ -89,7 +77,3 @@ class perplexity:
                 return ids
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         return [start if start is not None else 0]
-
-    def release(self) -> None:
-        """Leave the accelerator."""
-        self._scorer.release()

@@ -6,23 +6,20 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from iterative_sft_cli.errors import ConfigError
-from iterative_sft_cli.filters.builtin.scoring_models import ScoringModel, conversation, in_batches, longest_input, pad
-from iterative_sft_cli.filters.builtin.spec import BuiltIn, at_least
+from iterative_sft_cli.filters.builtin.scoring_models import (
+    ScoringFilter,
+    ScoringModel,
+    conversation,
+    in_batches,
+    pad,
+    scorer_spec,
+)
 from iterative_sft_cli.types import Sample, Verdict
 
-SPEC = BuiltIn(
-    role="scorer",
-    cost="one forward pass a sample in batches; runs when the engine has left the GPU",
-    honours=("device",),
-    batched=True,
-    device=True,
-    paths=("path",),
-    hub=True,
-    check=at_least("batch_size", 1),
-)
+SPEC = scorer_spec("one forward pass a sample in batches; runs when the engine has left the GPU")
 
 
-class reward_model:
+class reward_model(ScoringFilter):
     """Keep everything and give each sample the score of a transformers sequence-classification model.
 
     path: folder or hub id (with `revision`). The sample is shown in the model's own chat format, else as prompt and
@@ -42,23 +39,16 @@ class reward_model:
         output: Literal["auto", "raw", "sigmoid", "softmax"] = "auto",
         part: Literal["completion", "final"] = "completion",
     ) -> None:
-        self.batch_size = batch_size
-        self._max_length = max_length
         self._label = label
         self._output = output
         self._part = part
-        self._scorer = ScoringModel("AutoModelForSequenceClassification", path, revision, "reward_model")
-        self.device: str | None = None
-
-    def __call__(self, sample: Sample) -> Verdict:
-        """One sample; the chain hands over whole shards to `judge_batch`."""
-        return self.judge_batch([sample])[0]
+        super().__init__(
+            ScoringModel("AutoModelForSequenceClassification", path, revision, "reward_model"), batch_size, max_length
+        )
 
     def judge_batch(self, samples: Sequence[Sample]) -> list[Verdict]:
         """Scores in the order of `samples`."""
-        self._scorer.device = self.device
-        model, tokenizer, torch = self._scorer.load()
-        limit = longest_input(model, self._max_length)
+        model, tokenizer, torch, limit = self.load()
         rows, cut = [], []
         for sample in samples:
             text = conversation(tokenizer, sample, sample.final if self._part == "final" else sample.completion)
@@ -101,7 +91,3 @@ class reward_model:
             return logits.softmax(-1)[:, column]
         chosen = logits[:, column]
         return chosen.sigmoid() if output == "sigmoid" else chosen
-
-    def release(self) -> None:
-        """Leave the accelerator."""
-        self._scorer.release()

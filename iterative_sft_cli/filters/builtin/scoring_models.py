@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.filters.builtin.spec import BuiltIn, at_least
 from iterative_sft_cli.tensor_files import read_headers, weight_files
-from iterative_sft_cli.types import Sample
+from iterative_sft_cli.types import Sample, Verdict
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
@@ -62,6 +63,48 @@ class ScoringModel:
 
             self._model = self._model.to("cpu")
             torch.cuda.empty_cache()
+
+
+class ScoringFilter:
+    """A built-in that scores with a model of its own. `device` and `batch_size` may be set before it is called."""
+
+    def __init__(self, scorer: ScoringModel, batch_size: int, max_length: int | None) -> None:
+        self._scorer = scorer
+        self._max_length = max_length
+        self.batch_size = batch_size
+        self.device: str | None = None
+
+    def __call__(self, sample: Sample) -> Verdict:
+        """One sample; the chain hands over whole shards to `judge_batch`."""
+        return self.judge_batch([sample])[0]
+
+    def judge_batch(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """Scores in the order of `samples`."""
+        raise NotImplementedError
+
+    def load(self) -> tuple[Any, Any, Any, int | None]:
+        """(model on its device, tokenizer, torch, tokens that the model reads at most)."""
+        self._scorer.device = self.device
+        model, tokenizer, torch = self._scorer.load()
+        return model, tokenizer, torch, longest_input(model, self._max_length)
+
+    def release(self) -> None:
+        """Leave the accelerator."""
+        self._scorer.release()
+
+
+def scorer_spec(cost: str) -> BuiltIn:
+    """What such a filter declares."""
+    return BuiltIn(
+        role="scorer",
+        cost=cost,
+        honours=("device",),
+        batched=True,
+        device=True,
+        paths=("path",),
+        hub=True,
+        check=at_least("batch_size", 1),
+    )
 
 
 def conversation(tokenizer: Any, sample: Sample, completion: str | None) -> str:
