@@ -88,14 +88,13 @@ def fill(run: Run, chosen: Checkpoint, folder: Path, to: str) -> None:
     """A model folder; with a Modelfile for Ollama."""
     write_model(run, chosen, folder)
     if to == "ollama":
-        section = run.settings.prompts
-        at = run.settings.at_round(max(1, int(chosen.key[:4]))).generate
-        decoding = run.settings.eval_decoding() if run.settings.eval is not None else None
+        settings = run.settings
+        last = settings.at_round(max(1, int(chosen.key[:4]))).generate
         text = modelfile(
             folder,
-            system=section.system,
-            raw=section.template == "none",
-            temperature=float(decoding.temperature if decoding is not None else at.temperature),
+            system=settings.prompts.system,
+            raw=settings.prompts.template == "none",
+            decoding=settings.eval_decoding() if settings.eval is not None else last,
         )
         (folder / "Modelfile").write_text(text, encoding="utf-8")
 

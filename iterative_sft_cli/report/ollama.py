@@ -8,21 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iterative_sft_cli.config import GenerateConfig
 from iterative_sft_cli.errors import DataError
-from iterative_sft_cli.types import Message
+from iterative_sft_cli.types import Decoding, Message
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
-    "MistralForCausalLM",
     "MixtralForCausalLM",
     "GemmaForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
     "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
+    "Olmo3ForCausalLM",
+    "Lfm2ForCausalLM",
 )
-"""What `ollama create` imports from safetensors (docs.ollama.com/import)."""
+"""Text models that `ollama create` converts from safetensors (convert/convert.go of Ollama 0.33; MistralForCausalLM and
+Qwen3ForCausalLM are not among them)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +85,16 @@ _PROBES: tuple[list[Message], ...] = (
 )
 
 
-def modelfile(folder: Path, *, system: str | None, raw: bool, temperature: float) -> str:
-    """The Modelfile of the exported model in `folder`. Raises DataError for what Ollama cannot take."""
+def modelfile(folder: Path, *, system: str | None, raw: bool, decoding: Decoding | GenerateConfig) -> str:
+    """The Modelfile of the exported model in `folder`, with the decoding that the run evaluates with: Ollama's own defaults cut
+    the distribution. Raises DataError for what Ollama cannot take."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     architecture = (config.get("architectures") or ["unknown"])[0]
     if architecture not in ARCHITECTURES:
         raise DataError(
             f"Ollama does not import {architecture}",
             expected=f"one of {', '.join(ARCHITECTURES)}",
-            hint="--to hf exports a folder; llama.cpp may convert it to GGUF",
+            hint="--to gguf, and a Modelfile with FROM ./model.gguf, for what llama.cpp converts; --to hf exports a folder",
         )
     from transformers import AutoTokenizer
 
@@ -101,8 +104,16 @@ def modelfile(folder: Path, *, system: str | None, raw: bool, temperature: float
     spoken = system or own_system
     if spoken:
         lines.append(f"SYSTEM {quote(spoken)}")
-    lines += [f"PARAMETER stop {quote(text)}" for text in stop_texts(folder, tokenizer)]
-    lines.append(f"PARAMETER temperature {temperature:g}")
+    stops = dict.fromkeys([*stop_texts(folder, tokenizer), *decoding.stop])
+    lines += [f"PARAMETER stop {quote(text)}" for text in stops]
+    values = {
+        "temperature": decoding.temperature if decoding.do_sample else 0,
+        "top_p": decoding.top_p,
+        "top_k": decoding.top_k,
+        "min_p": decoding.min_p,
+        "repeat_penalty": decoding.repetition_penalty,
+    }
+    lines += [f"PARAMETER {name} {value:g}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
 
 

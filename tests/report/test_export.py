@@ -147,6 +147,35 @@ def test_the_modelfile_renders_as_the_run_does(full, tmp_path, capsys):
     text = (tmp_path / "o" / "Modelfile").read_text()
     assert "FROM .\n" in text and "<|im_start|>{{ .Role }}" in text and 'SYSTEM """Be short."""' in text
     assert 'PARAMETER stop """<|im_end|>"""' in text and made["next"].startswith("ollama create")
+    # the run's own decoding: Ollama's defaults are top_k 40, top_p 0.9 and, in older versions, repeat_penalty 1.1
+    said = dict(line.split()[1:] for line in text.splitlines() if line.startswith("PARAMETER") and "stop" not in line)
+    assert {name: said[name] for name in ("top_p", "top_k", "repeat_penalty")} == {
+        "top_p": "1",
+        "top_k": "0",
+        "repeat_penalty": "1",
+    }
+    assert float(said["temperature"]) == Run.open(full).settings.at_round(1).generate.temperature
+
+
+@pytest.mark.parametrize("architecture", ["MistralForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel"])
+def test_what_ollama_does_not_convert_is_refused(architecture, tmp_path):
+    from iterative_sft_cli.errors import DataError
+    from iterative_sft_cli.report.ollama import modelfile
+    from iterative_sft_cli.types import Decoding
+
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    with pytest.raises(DataError, match="does not import") as caught:
+        modelfile(tmp_path, system=None, raw=False, decoding=Decoding())
+    assert "--to gguf" in caught.value.hint
+
+
+def test_greedy_decoding_and_stop_strings_stand_in_the_modelfile(full, tmp_path, capsys):
+    from iterative_sft_cli.report.ollama import modelfile
+    from iterative_sft_cli.types import Decoding
+
+    call_json(capsys, "export", full, "--to", "hf", "--out", tmp_path / "o")
+    text = modelfile(tmp_path / "o", system=None, raw=True, decoding=Decoding(do_sample=False, stop=("\n\n",)))
+    assert "PARAMETER temperature 0\n" in text and 'PARAMETER stop """\n\n"""' in text
 
 
 @pytest.mark.parametrize(
