@@ -7,6 +7,7 @@ generate; a server that dies is started again (ours) or left out (others'), and 
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 import tempfile
 import time
@@ -19,8 +20,11 @@ from iterative_sft_cli.generate.base import no_heartbeat
 from iterative_sft_cli.generate.crew import Crew
 from iterative_sft_cli.generate.http_client import ServerError, request_json, stream_json, tell
 from iterative_sft_cli.generate.vllm_proof import compared, mean_difference, served_logprobs
+from iterative_sft_cli.generate.vllm_request import completion_body
 from iterative_sft_cli.generate.vllm_server import SERVED_NAME, Server, free_port, serve_command
 from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Completion, Decoding, Request
+
+log = logging.getLogger(__name__)
 
 CONCURRENCY = 128
 """Requests in flight to one server: vLLM queues what is more, and a queued request makes no token."""
@@ -29,8 +33,6 @@ MAX_RESTARTS = 3
 """How often a server of ours is started again within one shard."""
 PROBE_LIMIT = 0.25
 """Mean absolute difference in log-probability that rounding may explain, nats."""
-TOKENS_AN_EVENT = 8
-"""Tokens the server gathers before it sends them: fewer events to read, soon enough for the time-out."""
 
 
 class VllmEngine:
@@ -61,6 +63,7 @@ class VllmEngine:
         self._adapter = False
         self._earlier: list[list[float]] | None = None
         self._answers: dict[str, list[list[float]]] = {}
+        self._gone: set[str] = set()
         self._crew: Crew[Any, Completion] | None = None
         self.proof: dict[str, float] = {}
         """How far each server's log-probabilities were from the trainer's at the last `begin`, mean absolute nats by address."""
@@ -197,7 +200,9 @@ class VllmEngine:
         tell(address + path, body, timeout_s=self.section.startup_timeout_s)
 
     def _reload_others(self, folder: Path, adapter: bool) -> None:
+        """New weights on the servers that others started; one that has served and is gone is left out of this phase."""
         reload = self.settings.reload
+        self._gone.clear()
         for url in self.urls:
             try:
                 if reload == "http":
@@ -212,7 +217,17 @@ class VllmEngine:
                     models = request_json("GET", f"{url}/v1/models", timeout_s=30)
                     self._model_name = str(models["data"][0]["id"])
             except ServerError as error:
+                if self._leave_out(url, error):
+                    continue
                 raise DataError(str(error), where="generate.vllm.base_urls", hint="start the server first") from error
+
+    def _leave_out(self, url: str, error: ServerError) -> bool:
+        """Go on without a server that has served and does not answer any more, while there is another."""
+        if error.status is not None or url not in self._answers or len(self._gone) + 1 >= len(self.urls):
+            return False
+        log.warning("%s does not answer any more: this phase goes on without it", url)
+        self._gone.add(url)
+        return True
 
     def _wait_for_restart(self, url: str) -> None:
         """Whoever runs the server restarts it on what lies in `stage_to`; until then it is away or serves the old weights."""
@@ -245,6 +260,8 @@ class VllmEngine:
             try:
                 answers = self._asked(url)
             except ServerError as error:
+                if self._leave_out(url, error):
+                    continue
                 raise DataError(f"the weights of {url} could not be checked: {error}", where="generate.vllm") from error
             apart = None if self._earlier is None else mean_difference(want, self._earlier)
             before, self._answers[url] = self._answers.get(url), answers
@@ -309,7 +326,7 @@ class VllmEngine:
 
     def _addresses(self) -> list[str]:
         if self.urls:
-            return self.urls
+            return [url for url in self.urls if url not in self._gone]
         if self._server is None:
             raise RuntimeError("generate() needs begin() first")
         return [self._server.address]
@@ -342,26 +359,7 @@ class VllmEngine:
         stopped: Callable[[], bool],
     ) -> Completion:
         request, index, seed, limit = job
-        body = {
-            "model": self._model_name,
-            "prompt": list(request.prompt_ids),
-            "max_tokens": limit,
-            "n": 1,
-            "seed": seed,
-            "temperature": decoding.temperature if decoding.do_sample else 0.0,
-            "top_p": decoding.top_p if decoding.do_sample else 1.0,
-            "top_k": decoding.top_k if decoding.do_sample else 0,
-            "min_p": decoding.min_p if decoding.do_sample else 0.0,
-            "repetition_penalty": decoding.repetition_penalty,
-            "stop": list(decoding.stop),
-            "include_stop_str_in_output": True,
-            "stop_token_ids": list(decoding.eos_token_ids),
-            "ignore_eos": True,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "stream": True,
-            "stream_interval": TOKENS_AN_EVENT,
-        }
+        body = completion_body(self._model_name, request.prompt_ids, decoding, seed=seed, limit=limit)
         ids: list[int] = []
         logprobs: list[float] = []
         reason: str | None = None

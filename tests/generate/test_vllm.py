@@ -255,6 +255,45 @@ def test_a_server_that_is_gone_is_left_out_and_the_last_one_is_an_error(
         run_all(engine, requests)
 
 
+def test_a_server_that_died_is_left_out_of_later_phases_until_it_is_back(
+    loaded: Any, tmp_path: Path, engines: list[VllmEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    servers = [FakeServer(loaded.folder).start() for _ in range(2)]
+    port = servers[0].server_address[1]
+    engine = open_vllm(loaded, tmp_path, engines, base_urls=[s.url for s in servers], reload="http")
+    engine.begin(None)
+    servers[0].shutdown()
+    servers[0].server_close()
+    requests = requests_of([3, 4], samples=10)
+    for weight in (0.15, 0.2):
+        with torch.no_grad():
+            loaded.model.w.fill_(weight)
+        engine.begin(None)
+        assert list(engine.proof) == [servers[1].url]
+        check(run_all(engine, requests), requests, weight)
+    assert f"{servers[0].url} does not answer any more" in caplog.text
+    back = FakeServer(loaded.folder, port=port).start()
+    engine.begin(None)
+    assert sorted(engine.proof) == sorted([back.url, servers[1].url])
+    check(run_all(engine, requests), requests, 0.2)
+    assert back.completions
+    for server in (back, servers[1]):
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(DataError, match="start the server first"):
+        engine.begin(None)
+
+
+def test_one_of_two_servers_with_old_weights_is_named(loaded: Any, tmp_path: Path, engines: list[VllmEngine]) -> None:
+    servers = [FakeServer(loaded.folder, fault=fault).start() for fault in ("", "deaf")]
+    engine = open_vllm(loaded, tmp_path, engines, base_urls=[s.url for s in servers], reload="http")
+    engine.begin(None)
+    with torch.no_grad():
+        loaded.model.w.fill_(0.15)
+    with pytest.raises(DataError, match=f"the server at {servers[1].url} serves other weights"):
+        engine.begin(None)
+
+
 def test_a_bad_request_is_an_error_at_once(loaded: Any, tmp_path: Path, engines: list[VllmEngine]) -> None:
     server = FakeServer(loaded.folder).start()
     engine = open_vllm(loaded, tmp_path, engines, base_urls=[server.url])
