@@ -14,7 +14,7 @@ from iterative_sft_cli.config.schedule import Schedule, to_plain
 from iterative_sft_cli.config.schema import Config
 
 NOT_YET: dict[str | tuple[str, Any], str] = {
-    ("train.parallel.type", "deepspeed"): "DeepSpeed; fsdp2 cuts parameters and optimizer over all ranks",
+    ("train.parallel.type", "deepspeed"): "DeepSpeed, whose checkpoints are pickles; fsdp2 cuts what its ZeRO-3 cuts",
     "train.parallel.options": "options of a strategy",
 }
 """A path (any value but the default), (path, value) or (path, kind of value), and what is missing, in words."""
