@@ -20,6 +20,7 @@ from iterative_sft_cli.filters import FilterChain, Judged, ResolvedFilter
 from iterative_sft_cli.filters.cache import FOLDER
 from iterative_sft_cli.loop import prompt_text, scores_read
 from iterative_sft_cli.report.paging import RoundReader, open_lines
+from iterative_sft_cli.report.query import check_rounds
 from iterative_sft_cli.report.reader import Run
 from iterative_sft_cli.report.sample_text import sample_row
 from iterative_sft_cli.samples import (
@@ -34,11 +35,7 @@ from iterative_sft_cli.samples import (
 
 def check_possible(run: Run, index: int) -> None:
     """Raises ConfigError for a round whose samples depend on verdicts, or that has none."""
-    if index not in run.rounds:
-        known = ", ".join(map(str, run.rounds)) or "none yet"
-        gone = kept_of(run.view.shards, index) == "none"
-        what = "its samples were dropped (samples.keep)" if gone else "no samples of that round"
-        raise ConfigError(f"--round {index}: {what}", expected=f"one of {known}")
+    check_rounds(run.view, [index])
     if kept_of(run.view.shards, index) != "all":
         raise ConfigError(
             f"--round {index}: only its accepted samples were kept (samples.keep: accepted)",

@@ -79,8 +79,7 @@ def to_inspect(run: Run, rounds: list[int] | None, target: Path) -> dict[str, An
     missing = [index for index in rounds or () if index not in there]
     if missing:
         raise ConfigError(f"--round {missing[0]}: not evaluated", expected=f"one of {there}")
-    files = write_inspect(run, sorted(rounds) if rounds else there, target)
-    names = [path.name for path in files]
+    names = write_inspect(run, sorted(rounds) if rounds else there, target)
     return {"to": "inspect", "out": str(target), "logs": names, "next": f"inspect view --log-dir {target}"}
 
 

@@ -6,13 +6,13 @@ One log is one round's evaluation: a sample for each prompt and draw, what each 
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.console import safe_text
 from iterative_sft_cli.errors import ConfigError, DataError
+from iterative_sft_cli.report.export_model import publish
 from iterative_sft_cli.report.export_rows import Conversation
 from iterative_sft_cli.report.query import SampleQuery, find_samples
 from iterative_sft_cli.report.reader import Run
@@ -23,8 +23,9 @@ STARTED = "1970-01-01T00:00:00+00:00"
 STOPS = {"eos": "stop", "stop": "stop", "length": "max_tokens"}
 
 
-def write_inspect(run: Run, rounds: list[int], out: Path) -> list[Path]:
-    """Write `round-0003.eval` for every evaluated round in `rounds` into `out`. Raises ConfigError without inspect-ai, DataError without an evaluation."""
+def write_inspect(run: Run, rounds: list[int], out: Path) -> list[str]:
+    """Make the folder `out` with `round-0003.eval` for every evaluated round in `rounds`; returns the files' names. Raises ConfigError without
+    inspect-ai, DataError without an evaluation."""
     try:
         from inspect_ai.log import write_eval_log
     except ModuleNotFoundError as error:
@@ -33,17 +34,14 @@ def write_inspect(run: Run, rounds: list[int], out: Path) -> list[Path]:
         ) from error
     if not rounds:
         raise DataError("no round of this run is evaluated", where=str(run.path), expected="an `eval` section")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: something is there already", expected="a folder that does not exist yet")
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for index in rounds:
-        target = out / f"round-{index:04d}.eval"
-        temp = out / f".{target.name}.part.eval"
-        write_eval_log(log_of(run, index), str(temp), format="eval")
-        os.replace(temp, target)
-        written.append(target)
-    return written
+    names = {index: f"round-{index:04d}.eval" for index in rounds}
+
+    def fill(folder: Path) -> None:
+        for index, name in names.items():
+            write_eval_log(log_of(run, index), str(folder / name), format="eval")
+
+    publish(out, fill)
+    return list(names.values())
 
 
 def log_of(run: Run, index: int) -> Any:

@@ -11,6 +11,7 @@ from iterative_sft_cli.encoding import seam
 from iterative_sft_cli.encoding_template import read_few_shot
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.filters import resolve_filters
+from iterative_sft_cli.report.query import check_rounds
 from iterative_sft_cli.report.reader import Run
 from iterative_sft_cli.samples import StoredSample, kept_of
 from iterative_sft_cli.types import LENGTH, Message
@@ -143,13 +144,8 @@ def distinct(group: Iterable[StoredSample]) -> list[StoredSample]:
 
 def choose_rounds(run: Run, rounds: Sequence[int] | None) -> list[int]:
     """The rounds that were asked for, all by default. Raises ConfigError for one without samples."""
-    there = run.rounds
-    missing = [index for index in rounds or () if index not in there]
-    if missing:
-        gone = kept_of(run.view.shards, missing[0]) == "none"
-        what = "its samples were dropped (samples.keep)" if gone else "no samples of that round"
-        raise ConfigError(f"--round {missing[0]}: {what}", expected=f"one of {there}")
-    return list(rounds) if rounds else there
+    check_rounds(run.view, rounds or ())
+    return list(rounds) if rounds else run.rounds
 
 
 def with_rejected(run: Run, rounds: Sequence[int]) -> list[int]:

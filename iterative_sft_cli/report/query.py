@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,17 @@ def sampled_rounds(view: RunView, *, evaluation: bool = False) -> list[int]:
     if evaluation:
         return [index for index in view.rounds if view.shards.names(index, f"{EVAL}-")]
     return [index for index in view.rounds if sample_shards(view.shards, index)]
+
+
+def check_rounds(view: RunView, rounds: Iterable[int]) -> None:
+    """Raises ConfigError for a round whose samples are not there: never made, or dropped since."""
+    there = sampled_rounds(view)
+    for index in rounds:
+        if index not in there:
+            gone = kept_of(view.shards, index) == "none"
+            what = "its samples were dropped (samples.keep)" if gone else "no samples of that round"
+            known = ", ".join(map(str, there)) or "none yet"
+            raise ConfigError(f"--round {index}: {what}", expected=f"one of {known}")
 
 
 def thinned_rounds(view: RunView) -> dict[int, str]:
