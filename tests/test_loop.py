@@ -11,7 +11,7 @@ from iterative_sft_cli import rounds as phases
 from iterative_sft_cli.console import Console
 from iterative_sft_cli.errors import ConfigError, DataError, GuardStop
 from iterative_sft_cli.experiment import run_experiment
-from iterative_sft_cli.rounds import evaluation, judge, search, training
+from iterative_sft_cli.rounds import evaluation, judge, search, training, verdicts
 from iterative_sft_cli.rundir import RunDir, verify
 from iterative_sft_cli.samples import iter_round
 
@@ -116,7 +116,7 @@ FORMATS = [{}, {"prompt": "{prompt} =", "completion": "{answer}"}]
 STOPS = [
     (search, "balance"),
     (judge, "generate_shard"),
-    (judge, "_judge_unit"),
+    (verdicts.Judges, "_judge"),
     (training, "_step"),
     (training, "seal_training_rows"),
     (evaluation, "summarize"),

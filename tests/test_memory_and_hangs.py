@@ -11,7 +11,7 @@ from test_loop import digest, rows, run
 
 from iterative_sft_cli import build
 from iterative_sft_cli.errors import OutOfMemoryError
-from iterative_sft_cli.rounds import judge, training
+from iterative_sft_cli.rounds import training, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -134,7 +134,7 @@ def test_a_scoring_filter_halves_its_batch_and_a_crash_replays_it(toy, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(judge, "_verdict_row", crash)
+        patch.setattr(verdicts, "_verdict_row", crash)
         with pytest.raises(KeyboardInterrupt):
             run(toy(output_dir="run", **changes))
     scoring.batches.clear()

@@ -8,18 +8,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
 from itertools import count
 from typing import Any
 
 from iterative_sft_cli.errors import ConfigError
-from iterative_sft_cli.filters import FilterChain, Judged, share
+from iterative_sft_cli.filters import FilterChain, share
 from iterative_sft_cli.guards import check_budget, tokens_so_far
 from iterative_sft_cli.rounds.hints import FIRST_HINTED, hinted_prompt, second_tries
-from iterative_sft_cli.rounds.sampling import SHARD_ROWS, generate_shard, make_request, seeds_of
+from iterative_sft_cli.rounds.sampling import generate_shard, make_request, seeds_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
-from iterative_sft_cli.rounds.waves import Draw, Waves, plan_waves
+from iterative_sft_cli.rounds.verdicts import Judges, Piece
+from iterative_sft_cli.rounds.waves import Draw, Waves, into_units, owners_of, plan_waves
 from iterative_sft_cli.rounds.weights import Source
 from iterative_sft_cli.rounds.whole import JudgedRound, find_surplus
 from iterative_sft_cli.samples import (
@@ -32,20 +32,6 @@ from iterative_sft_cli.samples import (
     sample_to_row,
 )
 from iterative_sft_cli.types import Decoding, Prompt, Request, Sample
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One shard of a unit: its name, its samples (None: to be read again), and its verdicts where they are sealed already."""
-
-    name: str
-    samples: list[Sample] | None
-    verdicts: list[dict[str, Any]] | None
-
-    @property
-    def verdicts_name(self) -> str:
-        """The shard of its verdicts."""
-        return self.name.replace(GENERATED, VERDICTS, 1)
 
 
 def judge_round(
@@ -83,7 +69,6 @@ class RoundJudge:
         self.waves: Waves = plan_waves(config.generate, prompts)
         self._ids: dict[str, tuple[int, ...]] = {}
         self._number = 0
-        self._judging: list[Future[Counter[str]]] = []
         self._tokens = tokens_so_far(stages.run.stats.rows())
         unfit = [one.name for one in chain.filters if one.kind == "samples"] + chain.not_prefix_stable()
         if self.waves.adaptive and unfit:
@@ -94,14 +79,14 @@ class RoundJudge:
             )
         # group filters of a later wave see the earlier samples of the prompt
         grouped = any(one.kind == "group" for one in chain.filters[: chain.streaming_end])
-        self._history: dict[str, list[Judged]] | None = {} if self.waves.adaptive and grouped else None
+        self.judges = Judges(stages, chain, self.by_id, round_index, remember=self.waves.adaptive and grouped)
 
     def run(self) -> None:
         """All waves, the second tries, then what looks at the whole round."""
         stages, start = self.stages, time.monotonic()
         total = len(self.prompts) * int(self.config.generate.samples_per_prompt)
         with (
-            ThreadPoolExecutor(1) as self._judges,
+            self.judges,
             stages.view.phase("generate", self.round_index, total, "samples") as self._phase,
         ):
             accepted = self._draw_waves()
@@ -142,21 +127,21 @@ class RoundJudge:
         for place, source in enumerate(self.sources):
             last = place == len(self.sources) - 1
             asked = self._left(self._asked(units, place), f"{GENERATED}-", self._number)
-            alone = len(self.sources) == 1 and self._history is None
+            alone = len(self.sources) == 1 and not self.judges.remember
             self.stages.announce(asked, share(self.chain, self.by_id, groups=alone))
             for unit, made in zip(units, pieces, strict=True):
                 requests = [self._request(draw, place) for draw in unit]
                 requests = [request for request in requests if request.sample_indices]
-                early = last and not made and self._history is None
+                early = last and not made and not self.judges.remember
                 stream = self.stages.open_shard(self.chain) if early and not self.chain.needs_device else None
                 if requests:
                     made.append(self._generate(f"{GENERATED}-{self._number:05d}", source, requests, stream))
                     self._number += 1
                 if last and made and not self.chain.needs_device:
-                    judging.append(self._judge_later(made, stream))
+                    judging.append(self.judges.later(made, stream))
         if self.chain.needs_device:
             self.stages.session.close()
-            judging = [self._judge_later(made, None) for made in pieces if made]
+            judging = [self.judges.later(made, None) for made in pieces if made]
         return judging
 
     def _asked(self, units: Sequence[Sequence[Draw]], place: int) -> Iterator[list[Request]]:
@@ -255,11 +240,6 @@ class RoundJudge:
                 reason = f"what it was made from ({name}) was lost and is made again"
                 self.shards.discard(self.round_index, other, reason)
 
-    def _samples_of(self, piece: Piece) -> list[Sample]:
-        if piece.samples is not None:
-            return piece.samples
-        return read_generated(self.shards, self.round_index, piece.name, self.by_id)
-
     def _draw_second_tries(self, accepted: Mapping[str, int]) -> None:
         """Ask again, with a hint, the prompts of which nothing passed; what is trained is the answer without the hint."""
         section = self.config.rationalize
@@ -296,60 +276,9 @@ class RoundJudge:
             piece = self._generate(name, source, asked_now, stream, trained_after=plain)
             if self.chain.needs_device:
                 self.stages.session.close()
-            judging.append(self._judge_later([piece], stream, hinted=True))
+            judging.append(self.judges.later([piece], stream, hinted=True))
         for done in judging:
             done.result()
-
-    # --- judging ------------------------------------------------------------------------------------------------------
-
-    def _judge_later(self, pieces: list[Piece], stream: Any, *, hinted: bool = False) -> Future[Counter[str]]:
-        """Judge a unit in the judges' thread; at most two units wait for it."""
-        if len(self._judging) >= 2:
-            self._judging[-2].result()
-        before = self._judging[-1] if self._judging else None
-        self._judging.append(self._judges.submit(self._judge_after, before, pieces, stream, hinted))
-        return self._judging[-1]
-
-    def _judge_after(
-        self, before: Future[Counter[str]] | None, pieces: list[Piece], stream: Any, hinted: bool
-    ) -> Counter[str]:
-        # a unit after one that failed would be judged without its verdicts
-        if before is not None and before.exception() is not None:
-            raise before.exception() or AssertionError
-        return _judge_unit(self, pieces, stream, hinted)
-
-    def judge(self, pieces: Sequence[Piece], stream: Any, hinted: bool) -> Counter[str]:
-        """Seal the verdicts of a unit; how many samples of each prompt passed."""
-        if all(piece.verdicts is not None for piece in pieces):
-            judged = [
-                Judged.from_rows(sample, row["says"], row["kept"])
-                for piece in pieces
-                for sample, row in zip(self._samples_of(piece), piece.verdicts or (), strict=True)
-            ]
-        else:
-            judged = self._judge_now(pieces, stream, hinted)
-        if self._history is not None and not hinted:
-            for one in judged:
-                self._history.setdefault(one.sample.prompt_id, []).append(one)
-        return Counter(one.sample.prompt_id for one in judged if one.kept)
-
-    def _judge_now(self, pieces: Sequence[Piece], stream: Any, hinted: bool) -> list[Judged]:
-        made = {piece.name: self._samples_of(piece) for piece in pieces}
-        samples = [sample for each in made.values() for sample in each]
-        if len(pieces) > 1:
-            place = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(s.prompt_id for s in samples))}
-            samples.sort(key=lambda sample: (place[sample.prompt_id], sample.sample_index))
-        if stream is None:
-            history = self._history or {}
-            earlier = () if hinted else [one for s in _prompts_of(samples) for one in history.get(s, ())]
-            stream = self.stages.open_shard(self.chain, earlier)
-        judged: list[Judged] = stream.finish(samples)
-        by_id = {one.sample.sample_id: one for one in judged}
-        for piece in pieces:
-            if piece.verdicts is None:
-                rows = [_verdict_row(by_id[sample.sample_id]) for sample in made[piece.name]]
-                self.shards.seal(self.round_index, piece.verdicts_name, rows, {})
-        return judged
 
     def _judge_whole(self, accepted: Mapping[str, int]) -> None:
         """What needs the whole round: the filters from the first `samples` filter on, or what is more than was asked for."""
@@ -366,12 +295,6 @@ class RoundJudge:
         self.shards.seal(self.round_index, ROUND_VERDICTS, rows, {})
 
 
-def _judge_unit(judge: RoundJudge, pieces: list[Piece], stream: Any, hinted: bool) -> Counter[str]:
-    passed = judge.judge(pieces, stream, hinted)
-    pieces.clear()  # their samples are sealed: a round of any size holds those of a few units
-    return passed
-
-
 def _nothing(sample: Sample) -> None:
     """Takes a sample that is judged later."""
 
@@ -382,36 +305,3 @@ def _sum(waves: Sequence[Sequence[Future[Counter[str]]]]) -> Counter[str]:
         for done in wave:
             total.update(done.result())
     return total
-
-
-def _prompts_of(samples: Sequence[Sample]) -> list[str]:
-    return list(dict.fromkeys(sample.prompt_id for sample in samples))
-
-
-def _verdict_row(one: Judged) -> dict[str, Any]:
-    return {"sample_id": one.sample.sample_id, "kept": one.kept, "says": [says.to_row() for says in one.says]}
-
-
-def into_units(draws: Sequence[Draw], rows: int = SHARD_ROWS) -> Iterator[list[Draw]]:
-    """Cut draws, in order, into units of at most `rows` samples (a single larger one is its own unit)."""
-    unit: list[Draw] = []
-    size = 0
-    for draw in draws:
-        if unit and size + draw.count > rows:
-            yield unit
-            unit, size = [], 0
-        unit.append(draw)
-        size += draw.count
-    if unit:
-        yield unit
-
-
-def owners_of(shares: Sequence[float], num_samples: int) -> list[int]:
-    """Which source makes sample 0, 1, ... of a prompt: always the one that is furthest behind its share, the earlier of equals."""
-    made = [0] * len(shares)
-    owners = []
-    for index in range(num_samples):
-        behind = [share * (index + 1) - made[place] for place, share in enumerate(shares)]
-        owners.append(max(range(len(shares)), key=lambda place: (round(behind[place], 9), -place)))
-        made[owners[-1]] += 1
-    return owners

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from iterative_sft_cli.errors import OutOfMemoryError
 from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory
@@ -14,6 +14,8 @@ from iterative_sft_cli.rounds.stages import Phase, Stages
 from iterative_sft_cli.samples import GENERATED
 from iterative_sft_cli.types import Completion, Decoding, Prompt, Request, Sample, derive_seed
 from iterative_sft_cli.watchdog import Watchdog, end_hung_process
+
+Item = TypeVar("Item")
 
 SHARD_ROWS = 512
 """Samples of a shard: what a kill can cost at most, against the idle rows while a shard drains."""
@@ -51,18 +53,23 @@ def make_requests(
     ]
 
 
+def into_groups(items: Iterable[Item], size: Callable[[Item], int], rows: int) -> Iterator[list[Item]]:
+    """Cut items of so many samples each, in order, into groups of at most `rows` samples (a larger item is its own group)."""
+    group: list[Item] = []
+    num = 0
+    for item in items:
+        if group and num + size(item) > rows:
+            yield group
+            group, num = [], 0
+        group.append(item)
+        num += size(item)
+    if group:
+        yield group
+
+
 def into_shards(requests: Sequence[Request], rows: int = SHARD_ROWS) -> Iterator[list[Request]]:
     """Cut requests, in order, into shards of at most `rows` samples (a single larger request is its own shard)."""
-    shard: list[Request] = []
-    size = 0
-    for request in requests:
-        if shard and size + len(request.seeds) > rows:
-            yield shard
-            shard, size = [], 0
-        shard.append(request)
-        size += len(request.seeds)
-    if shard:
-        yield shard
+    return into_groups(requests, lambda request: len(request.seeds), rows)
 
 
 def sample_id(round_index: int, prompt_id: str, sample_index: int) -> str:

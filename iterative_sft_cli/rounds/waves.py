@@ -6,10 +6,11 @@ A wave is a pure function of the config, the prompts and the verdicts it waits f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from iterative_sft_cli.rounds.sampling import SHARD_ROWS, into_groups
 from iterative_sft_cli.types import Prompt
 
 SMALLEST = 16
@@ -229,3 +230,19 @@ def plan_waves(section: Any, prompts: Sequence[Prompt]) -> Waves:
     if section.until_total is not None:
         return UntilTotal(prompts, num_samples, int(section.until_total))
     return OneWave(prompts, num_samples)
+
+
+def into_units(draws: Sequence[Draw], rows: int = SHARD_ROWS) -> Iterator[list[Draw]]:
+    """Cut draws, in order, into units of at most `rows` samples (a single larger one is its own unit)."""
+    return into_groups(draws, lambda draw: draw.count, rows)
+
+
+def owners_of(shares: Sequence[float], num_samples: int) -> list[int]:
+    """Which source makes sample 0, 1, ... of a prompt: always the one that is furthest behind its share, the earlier of equals."""
+    made = [0] * len(shares)
+    owners = []
+    for index in range(num_samples):
+        behind = [share * (index + 1) - made[place] for place, share in enumerate(shares)]
+        owners.append(max(range(len(shares)), key=lambda place: (round(behind[place], 9), -place)))
+        made[owners[-1]] += 1
+    return owners

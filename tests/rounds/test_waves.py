@@ -2,7 +2,6 @@
 
 import pytest
 
-from iterative_sft_cli.rounds.judge import into_units, owners_of
 from iterative_sft_cli.rounds.waves import (
     ByDifficulty,
     ByVariance,
@@ -11,7 +10,9 @@ from iterative_sft_cli.rounds.waves import (
     UntilAccepted,
     UntilTotal,
     gvm_weight,
+    into_units,
     largest_remainder,
+    owners_of,
     wave_size,
 )
 from iterative_sft_cli.types import Prompt
