@@ -50,6 +50,7 @@ def samples(
     from iterative_sft_cli.report.query import (
         SampleQuery,
         ScoreCondition,
+        check_rounds,
         filter_names,
         find_samples,
         sampled_rounds,
@@ -72,11 +73,8 @@ def samples(
             print("[]")
         return 0
     wanted = tuple(round_) if round_ else (tuple(there) if prompt is not None else (there[-1],))
-    missing = [index for index in wanted if index not in there]
+    check_rounds(opened.view, wanted, evaluation=eval_)
     thinned = {} if eval_ else thinned_rounds(opened.view)
-    if missing:
-        what = "its samples were dropped (samples.keep)" if missing[0] in thinned else "no samples of that round"
-        raise ConfigError(f"--round {missing[0]}: {what}", expected=f"one of {', '.join(map(str, there))}")
     if filter_ is not None and filter_ not in (names := filter_names(opened.view)):
         raise ConfigError(f"--filter {filter_}: no filter of this run", expected=f"one of {', '.join(names)}")
     query = SampleQuery(

@@ -133,12 +133,12 @@ def sampled_rounds(view: RunView, *, evaluation: bool = False) -> list[int]:
     return [index for index in view.rounds if sample_shards(view.shards, index)]
 
 
-def check_rounds(view: RunView, rounds: Iterable[int]) -> None:
-    """Raises ConfigError for a round whose samples are not there: never made, or dropped since."""
-    there = sampled_rounds(view)
+def check_rounds(view: RunView, rounds: Iterable[int], *, evaluation: bool = False) -> None:
+    """Raises ConfigError for a round whose samples (or evaluation) are not there: never made, or dropped since."""
+    there = sampled_rounds(view, evaluation=evaluation)
     for index in rounds:
         if index not in there:
-            gone = kept_of(view.shards, index) == "none"
+            gone = not evaluation and kept_of(view.shards, index) == "none"
             what = "its samples were dropped (samples.keep)" if gone else "no samples of that round"
             known = ", ".join(map(str, there)) or "none yet"
             raise ConfigError(f"--round {index}: {what}", expected=f"one of {known}")
