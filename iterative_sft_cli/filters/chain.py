@@ -18,6 +18,7 @@ from iterative_sft_cli.filters.batches import BatchSizes
 from iterative_sft_cli.filters.contract import Outcome
 from iterative_sft_cli.filters.resolve import is_read, unread_scores
 from iterative_sft_cli.filters.resolved import ResolvedFilter
+from iterative_sft_cli.filters.round_part import judge_round_part
 from iterative_sft_cli.filters.runners import Runner
 from iterative_sft_cli.filters.runtime import Runtime
 from iterative_sft_cli.filters.says import GENERATE, FilterSays, Judged
@@ -150,9 +151,10 @@ class FilterChain:
         """
         if not self.has_round_part:
             return {}
-        from iterative_sft_cli.filters.round_part import judge_round_part
-
-        return judge_round_part(self, judged)
+        steps = list(zip(self.filters, self.runners, strict=True))[self.streaming_end :]
+        said, floats = judge_round_part(judged, steps, self.prepare)
+        self._check_unread(sorted(floats))
+        return said
 
     def _check_unread(self, floats: Iterable[str]) -> None:
         """Raises ConfigError for a filter that only scores while nothing reads the score."""

@@ -5,17 +5,18 @@ The sequence stays lazy: samples are read when a filter asks, only verdicts and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from iterative_sft_cli.filters.contract import Outcome
+from iterative_sft_cli.filters.resolved import ResolvedFilter
+from iterative_sft_cli.filters.runners import Runner
 from iterative_sft_cli.filters.says import FilterSays, Judged
 from iterative_sft_cli.types import Sample
 
-if TYPE_CHECKING:
-    from iterative_sft_cli.filters.chain import FilterChain
+Prepare = Callable[[Sample], tuple[Sample, FilterSays | None]]
 
 CHUNK = 512
 """Samples that per-sample and batched filters of the round part take at a time."""
@@ -25,9 +26,9 @@ class RoundView(Sequence[Sample]):
     """The samples at `indices` of the round, each with the scores it got so far. Slices are views too."""
 
     def __init__(
-        self, chain: FilterChain, judged: Sequence[Judged], indices: Sequence[int], scores: dict[int, dict[str, float]]
+        self, prepare: Prepare, judged: Sequence[Judged], indices: Sequence[int], scores: dict[int, dict[str, float]]
     ) -> None:
-        self._chain = chain
+        self._prepare = prepare
         self._judged = judged
         self._indices = indices
         self._scores = scores
@@ -37,9 +38,9 @@ class RoundView(Sequence[Sample]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return RoundView(self._chain, self._judged, self._indices[index], self._scores)
+            return RoundView(self._prepare, self._judged, self._indices[index], self._scores)
         at = self._indices[index]
-        sample, _ = self._chain.prepare(self._judged[at].sample)
+        sample, _ = self._prepare(self._judged[at].sample)
         new = self._scores.get(at)
         return replace(sample, scores={**sample.scores, **new}) if new else sample
 
@@ -48,8 +49,13 @@ class RoundView(Sequence[Sample]):
             yield self[position]
 
 
-def judge_round_part(chain: FilterChain, judged: Sequence[Judged]) -> dict[str, list[FilterSays]]:
-    """What the round-wide filters say of every survivor, by sample id, in the round's order."""
+def judge_round_part(
+    judged: Sequence[Judged], steps: Sequence[tuple[ResolvedFilter, Runner]], prepare: Prepare
+) -> tuple[dict[str, list[FilterSays]], set[str]]:
+    """What the filters of `steps` say of every survivor, by sample id, in the round's order; and which of them gave bare floats.
+
+    `prepare` gives a sample its reasoning and final part.
+    """
     alive: list[int] = []
     ids: dict[int, tuple[str, str]] = {}
     for index, entry in enumerate(judged):
@@ -59,11 +65,10 @@ def judge_round_part(chain: FilterChain, judged: Sequence[Judged]) -> dict[str, 
     said: dict[int, list[FilterSays]] = {index: [] for index in alive}
     scores: dict[int, dict[str, float]] = {}
     floats: set[str] = set()
-    for position in range(chain.streaming_end, len(chain.filters)):
+    for one, runner in steps:
         if not alive:
             break
-        one = chain.filters[position]
-        outcomes = _run(chain, position, judged, alive, ids, scores)
+        outcomes = _run(one, runner, prepare, judged, alive, ids, scores)
         survivors = []
         for index, outcome in zip(alive, outcomes, strict=True):
             verdict = outcome.verdict
@@ -75,21 +80,20 @@ def judge_round_part(chain: FilterChain, judged: Sequence[Judged]) -> dict[str, 
             if verdict.keep:
                 survivors.append(index)
         alive = survivors
-    chain._check_unread(sorted(floats))
-    return {ids[index][0]: says for index, says in said.items()}
+    return {ids[index][0]: says for index, says in said.items()}, floats
 
 
 def _run(
-    chain: FilterChain,
-    position: int,
+    one: ResolvedFilter,
+    runner: Runner,
+    prepare: Prepare,
     judged: Sequence[Judged],
     alive: list[int],
     ids: dict[int, tuple[str, str]],
     scores: dict[int, dict[str, float]],
 ) -> list[Outcome]:
-    one, runner = chain.filters[position], chain.runners[position]
     if one.kind == "samples":
-        whole: list[Outcome] = _value(runner.judge_many(RoundView(chain, judged, alive, scores)))
+        whole: list[Outcome] = _value(runner.judge_many(RoundView(prepare, judged, alive, scores)))
         return whole
     outcomes: dict[int, Outcome] = {}
     if one.kind == "group":
@@ -97,12 +101,12 @@ def _run(
         for index in alive:
             groups.setdefault(ids[index][1], []).append(index)
         for members in groups.values():
-            results = _value(runner.judge_many(list(RoundView(chain, judged, members, scores))))
+            results = _value(runner.judge_many(list(RoundView(prepare, judged, members, scores))))
             outcomes.update(zip(members, results, strict=True))
         return [outcomes[index] for index in alive]
     ordered: list[Outcome] = []
     for start in range(0, len(alive), CHUNK):
-        chunk = list(RoundView(chain, judged, alive[start : start + CHUNK], scores))
+        chunk = list(RoundView(prepare, judged, alive[start : start + CHUNK], scores))
         if runner.batched:
             ordered += runner.judge_batch(chunk)
         else:
