@@ -89,7 +89,7 @@
       label: name, of: index, fill: index ? colour(0) : ink("--faint"), width: 0, paths, points: { show: false },
       value: (u, value) => label(value),
     }));
-    const room = width * NAMED;
+    const room = width * NAMED, most = Math.max(...chart.values[0]);
     const names = axis({
       side: 3, grid: { show: false }, splits: () => places, size: wide, gap: 6,
       values: (u, splits) => splits.map((place) => fitting(chart.x[place], room)),
@@ -98,12 +98,12 @@
       height: chart.x.length * ROW + 46,
       series: [{ value: (u, place) => (place == null ? "-" : chart.x[place]) }, ...series],
       data: [places, ...chart.values],
-      axes: [names, axis({ side: 2, label: chart.yName, ...figures, size: 24 })],
+      axes: [names, axis({ side: 2, label: chart.yName, ...figures, size: 24, space: 30 + widthOf(label(most)) })],
       scales: {
         x: { time: false, ori: 1, dir: -1, range: () => [-0.5, chart.x.length - 0.5] },
         y: { ori: 0, range: (u, low, high) => [0, high || 1] },
       },
-      padding: [6, 22, 0, 0],
+      padding: [6, 8 + widthOf(label(most)) / 2, 0, 0],
     };
   };
 
