@@ -142,8 +142,9 @@ def kill_children(
 ) -> Tally:
     """Signals at random instants, `kills` starts in a row, then a start that ends it.
 
-    A start that ended before its signal is counted as a miss; a run of misses only is made again. From the second start on half of the signals come early, while it recovers. With `again_s` each start gets a second signal within so
-    many seconds after the first. A stop that was asked for must be obeyed, and say the command that goes on.
+    A run that ended before one of its signals is counted as a miss and made again. From the second start on half of the signals come early,
+    while it recovers. With `again_s` each start gets a second signal within so many seconds after the first. A stop that was asked for must
+    be obeyed, and say the command that goes on.
     """
     rng = random.Random(seed)
     seconds, gold = reference(subject, root)
@@ -152,7 +153,6 @@ def kill_children(
     number = 0
     while number < runs and tally.counts.get("misses", 0) < 5 * runs * kills:
         shutil.rmtree(run, ignore_errors=True)
-        hit = False
         for kill in range(kills):
             sent = rng.choice(signals)
             early = kill and rng.random() < 0.5
@@ -161,13 +161,14 @@ def kill_children(
                 plan.append((rng.random() * again_s, sent))
             code, _, told = in_child(lambda: subject.train(run), plan)
             tally.count(f"exit {code}" if code else "misses")
-            hit = hit or code != 0
             asked = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}.get(signal.Signals(sent), 75)
             if code not in (0, asked):
                 tally.fail(f"run {number}: {signal.Signals(sent).name} ended it with {code}: {told[-400:]}")
             elif code > 0 and again_s is None and "go on with: isft train" not in told:
                 tally.fail(f"run {number}: {signal.Signals(sent).name}: it does not say how to go on: {told[-400:]}")
-        if hit:
+            if code == 0:
+                break
+        else:
             go_on(subject, run, gold, tally, f"run {number}")
             number += 1
     return tally

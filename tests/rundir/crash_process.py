@@ -89,11 +89,15 @@ def kill_instants(
     contents: Contents = real_contents,
     seed: int = 0,
 ) -> Tally:
-    """Send a signal at instants spread evenly over the run's time, `kills` times in a row, then let the run end."""
+    """Send a signal at instants spread evenly over the run's time, `kills` times in a row, then let the run end.
+
+    A run that ended before one of its signals is counted as a miss and made again.
+    """
     rng = random.Random(seed)
     _, seconds, gold = golden(command, run, scratch, contents)
     tally = Tally()
-    for number in range(runs):
+    number = 0
+    while number < runs and tally.counts.get("misses", 0) < 5 * runs * kills:
         shutil.rmtree(run)
         for _ in range(kills):
             number_sent = rng.choice(list(signals))
@@ -109,13 +113,17 @@ def kill_instants(
             except subprocess.TimeoutExpired:
                 process.send_signal(number_sent)
             _, told = process.communicate(timeout=600)
-            tally.count(f"exit {process.returncode}")
+            tally.count(f"exit {process.returncode}" if process.returncode else "misses")
             allowed = {0, -number_sent, 75 if number_sent != signal.SIGINT else 130}
             if process.returncode not in allowed:
                 tally.fail(
                     f"run {number}: {signal.Signals(number_sent).name} gave exit {process.returncode}: {told[-300:]}"
                 )
-        _last_run(command, run, gold, contents, tally, f"run {number}")
+            if process.returncode == 0:
+                break
+        else:
+            _last_run(command, run, gold, contents, tally, f"run {number}")
+            number += 1
     return tally
 
 
