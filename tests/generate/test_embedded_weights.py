@@ -11,8 +11,7 @@ import torch
 from helpers_generate import ByteEncoder, engine_of, loaded_of, requests_of, run
 from test_embedded_exact import by_generate, sharper
 
-from iterative_sft_cli.generate import embedded
-from iterative_sft_cli.generate import embedded_probe
+from iterative_sft_cli.generate import embedded, embedded_probe
 from iterative_sft_cli.generate.embedded import EmbeddedEngine
 from iterative_sft_cli.generate.embedded_lean import LeanDecoder
 from iterative_sft_cli.generate.embedded_module import ModuleDecoder
