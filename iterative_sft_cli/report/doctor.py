@@ -6,32 +6,16 @@ Everything is done with the encoder, the learner and the engine that `isft train
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from iterative_sft_cli.config import LoadedConfig
+from iterative_sft_cli.encoding import IGNORE
 from iterative_sft_cli.prompts import load_prompts, num_per_round
+from iterative_sft_cli.report.doctor_check import Check
 from iterative_sft_cli.report.doctor_weights import check_weights
 from iterative_sft_cli.report.workbench import Bench, open_bench
 from iterative_sft_cli.train.pool import num_steps, pool_rounds
 from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, Sample
-
-IGNORE = -100
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One thing that was looked at: `ok` is True (green), False (red) or None (for the reader to judge); `mend` says what to do when red."""
-
-    name: str
-    ok: bool | None
-    detail: str
-    mend: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """As `--json` prints it."""
-        return asdict(self)
-
 
 ROUND_TRIP = (
     (

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from iterative_sft_cli.report.doctor_check import Check
 from iterative_sft_cli.types import PROMPT_TOO_LONG, Completion, Decoding, Sample
 
 if TYPE_CHECKING:
-    from iterative_sft_cli.report.doctor import Check
     from iterative_sft_cli.report.workbench import Bench
 
 STEPS = 5
@@ -20,8 +20,6 @@ MOVED = 0.1
 
 def check_weights(bench: Bench, samples: Sequence[Sample], decoding: Decoding) -> Iterator[Check]:
     """Train a few steps in memory, generate, and compare the engine's log probabilities with the trainer's own."""
-    from iterative_sft_cli.report.doctor import Check
-
     usable = [one for one in samples if one.finish_reason != PROMPT_TOO_LONG and one.completion_ids]
     engine_name = bench.config.generate.engine
     if bench.model is None or not usable or engine_name != "transformers":
