@@ -23,13 +23,16 @@ from iterative_sft_cli.types import TrainRow, derive_seed
 STATE = "state"
 
 
-def _check_parallel(parallel: Any) -> None:
-    kind = parallel if isinstance(parallel, str) else getattr(parallel, "type", "auto")
+def _parallel_kind(section: Any) -> str:
+    """auto, ddp or fsdp2. Raises ConfigError for what there is not."""
+    parallel = getattr(section, "parallel", None)
+    kind: str = parallel if isinstance(parallel, str) else getattr(parallel, "type", "auto")
     if kind not in ("auto", "ddp", "fsdp2"):
         raise ConfigError(f"{kind} is not supported yet", where="train.parallel", expected="auto, ddp or fsdp2")
     options = getattr(parallel, "options", None)
     if options:
         raise ConfigError(f"{kind} takes no options, got {', '.join(options)}", where="train.parallel.options")
+    return kind
 
 
 class TorchLearner:
@@ -38,7 +41,7 @@ class TorchLearner:
     def __init__(self, section: Any, *, loaded: Any, config: Any = None) -> None:
         self.loaded = loaded
         self.section = section
-        _check_parallel(getattr(section, "parallel", None))
+        self._cut = _parallel_kind(section) == "fsdp2"
         self.core = TrainCore(
             loaded.model,
             settings_from_section(section),
@@ -52,8 +55,6 @@ class TorchLearner:
         self._seed = 0
         self.heartbeat: Callable[[int], None] = lambda _tokens: None
         self._away: tempfile.TemporaryDirectory[str] | None = None
-        parallel = getattr(section, "parallel", None)
-        self._cut = (parallel if isinstance(parallel, str) else getattr(parallel, "type", "auto")) == "fsdp2"
         self._state: torch_sharded.Whole | None = None
 
     @property
