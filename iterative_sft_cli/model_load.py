@@ -47,13 +47,18 @@ def load_tokenizer(files: ModelSource, section: Any) -> Any:
         _need_gguf()
     try:
         if files.tokenizer:
-            return AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=section.trust_remote_code)
-        assert files.gguf is not None
-        return AutoTokenizer.from_pretrained(files.gguf.parent, gguf_file=files.gguf.name)
+            found = AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=section.trust_remote_code)
+        else:
+            assert files.gguf is not None
+            found = AutoTokenizer.from_pretrained(files.gguf.parent, gguf_file=files.gguf.name)
     except Exception as error:  # many kinds, down to a bare Exception of tokenizers
         raise DataError(
             f"the tokenizer cannot be loaded: {_first_line(error)}", where=str(files.tokenizer or files.gguf)
         ) from error
+    for name in ("is_local", "local_files_only"):
+        # how it was found, HF_HUB_OFFLINE among it: a checkpoint's bytes are the same either way
+        getattr(found, "init_kwargs", {}).pop(name, None)
+    return found
 
 
 def load_folder(files: ModelSource, section: Any, dtype: torch.dtype, device: torch.device) -> Any:

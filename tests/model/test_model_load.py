@@ -54,6 +54,14 @@ def test_what_is_saved_after_loading_is_the_folder_itself(folders: dict[str, Pat
     }
 
 
+def test_a_saved_tokenizer_does_not_say_how_it_was_found(folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers notes HF_HUB_OFFLINE in it: a run that goes on without it is to end with the same bytes."""
+    loaded = load_model(section(folders["llama"]))
+    save_pretrained(loaded, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert not {"local_files_only", "is_local"} & set(saved)
+
+
 def test_a_saved_folder_loads_with_transformers_and_follows_the_umask(folders: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
