@@ -122,6 +122,31 @@ def test_kills_at_random_instants(forks, tmp_path, tiny_model, undisturbed, said
     print(f"{finished} runs killed, the other rank ended within {longest:.1f} s")
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_real_launchers(tmp_path, tiny_model, undisturbed, launcher):
+    config = write_tiny(tmp_path, "run", tiny_model, **base_changes())
+    environ = {
+        **os.environ,
+        **QUICK,
+        "HF_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(HERE.parents[1]),
+    }
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "iterative_sft_cli", "train", str(config)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "on 2 processes" in done.stderr, done.stderr
+    assert contents(tmp_path / "run") == undisturbed
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_stops_without_dying_is_given_up(forks, tmp_path, victim, said):
     config = write_toy_many(tmp_path, "run")
