@@ -1,4 +1,4 @@
-"""How much memory this machine has: what everything that is `auto` is sized by, never what is free of it."""
+"""The machine's memory: how much there is, by which everything that is `auto` is sized, and what running out of it looks like."""
 
 from __future__ import annotations
 
@@ -23,6 +23,16 @@ def total_memory(device: str = "cpu") -> int:
         except (OSError, ValueError):
             continue
     return total
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of an accelerator, ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.partition(".")[0] == "torch":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
 
 
 def _installed() -> int:

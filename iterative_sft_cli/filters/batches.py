@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from iterative_sft_cli.errors import OutOfMemoryError
 from iterative_sft_cli.filters.resolved import ResolvedFilter
+from iterative_sft_cli.machine import is_out_of_memory
 from iterative_sft_cli.types import Sample
 
 
@@ -70,16 +71,6 @@ def judge_in_batches(
             sizes.record(one.key, tried // 2)
     finally:
         instance.batch_size = whole
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of the machine or of an accelerator, ran out."""
-    if isinstance(error, MemoryError):
-        return True
-    if type(error).__name__ == "OutOfMemoryError" and type(error).__module__.partition(".")[0] == "torch":
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
 
 
 def _free_cache() -> None:

@@ -25,6 +25,7 @@ from iterative_sft_cli.generate.embedded_probe import EXACT, decoder_error, diff
 from iterative_sft_cli.generate.embedded_shard import Shard, schedule
 from iterative_sft_cli.generate.embedded_streams import deal, run_streams
 from iterative_sft_cli.generate.embedded_weights import Replica, can_merge
+from iterative_sft_cli.machine import is_out_of_memory
 from iterative_sft_cli.tensor_files import read_headers, weight_files
 from iterative_sft_cli.types import Completion, Decoding, Request
 
@@ -113,10 +114,8 @@ class EmbeddedEngine:
         torch.set_num_threads(int(plan.get("threads", threads)))
         try:
             yield from self._run(requests, decoding, plan)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise EngineOutOfMemory(str(error)) from error
-        except RuntimeError as error:
-            if "not enough memory" in str(error) or "can't allocate memory" in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
                 raise EngineOutOfMemory(str(error)) from error
             raise
         finally:

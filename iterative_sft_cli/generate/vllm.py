@@ -7,6 +7,7 @@ generate; a server that dies is started again (ours) or left out (others'), and 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import shutil
 import tempfile
@@ -135,8 +136,6 @@ class VllmEngine:
     def _start(self, folder: Path, adapter: bool) -> None:
         model, rank = folder, None
         if adapter:
-            import json
-
             rank = int(json.loads((folder / "adapter_config.json").read_text("utf-8"))["r"])
             if self.loaded.folder is None:
                 raise ConfigError("vLLM serves an adapter only over a base model in a folder", where="generate.engine")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from iterative_sft_cli.machine import total_memory
+from iterative_sft_cli.machine import is_out_of_memory, total_memory
 from iterative_sft_cli.train.base import TrainOutOfMemory
 
 _SHARE = 0.25
@@ -54,10 +54,7 @@ def out_of_memory() -> Iterator[None]:
     """Inside, running out of memory is TrainOutOfMemory, whoever says it."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise TrainOutOfMemory(str(error)) from error
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
-            raise TrainOutOfMemory(text) from error
+        if is_out_of_memory(error):
+            raise TrainOutOfMemory(str(error)) from error
         raise
