@@ -48,10 +48,14 @@ class TrackedView:
         for name in names:
             kind = LOGGER_TYPE_TO_CLASS[name]
             options = {"logging_dir": str(run_dir / "tracking")} if kind.requires_logging_directory else {}
-            tracker = kind(run_dir.name, **options)
-            if hasattr(tracker, "start"):
+            try:
                 with redirect_stdout(sys.stderr):  # stdout is for data
-                    tracker.start()
+                    tracker = kind(run_dir.name, **options)
+                    if hasattr(tracker, "start"):
+                        tracker.start()
+            except Exception as error:  # no account, no server: the run goes on without it
+                view.note(f"warning: {name} did not start: {one_line(error, 200)}")
+                continue
             self._trackers.append((name, tracker))
         # a tracker's own exit hook was registered before this one, so it runs after it and finds stdout turned away
         atexit.register(_stdout_is_for_data)

@@ -61,6 +61,42 @@ def test_wandb_keeps_everything_on_this_machine_in_its_offline_mode(toy, tmp_pat
         assert text in data, text
 
 
+def test_wandb_without_an_account_costs_a_line(toy, tmp_path):
+    pytest.importorskip("wandb")
+    # the library keeps what it was told for as long as its process lives: one of its own
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    env |= {"WANDB_DIR": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path), "NETRC": os.devnull}
+    command = [sys.executable, "-m", "iterative_sft_cli", "train", str(toy(rounds=1, tracking=["wandb"]))]
+    done = subprocess.run(
+        command, env=env, cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0 and done.stdout == "" and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("warning: wandb did not start: ") == 1 and "wandb login" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["start", "log", "finish"])
+def test_a_tracker_that_fails_costs_a_line(toy, tmp_path, monkeypatch, where):
+    from accelerate import tracking
+
+    class Failing:
+        requires_logging_directory = False
+
+        def __init__(self, name):
+            self.seen = []
+
+    def fail(self, *values, **options):
+        raise OSError("the server\nis gone")
+
+    for name in ("start", "log", "finish"):
+        setattr(Failing, name, fail if name == where else lambda self, *values, **options: None)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Failing)
+    monkeypatch.setattr("iterative_sft_cli.tracking.importlib.util.find_spec", lambda name: object())
+    outcome, screen = run(toy(rounds=1, tracking=["tensorboard"]))
+    lines = {"start": "did not start", "log": "did not take round 1", "finish": "did not end well"}
+    assert outcome.code == 0 and f"warning: tensorboard {lines[where]}: the server" in screen
+    assert [row["round"] for row in rows(tmp_path / "run" / "stats.jsonl")] == [0, 1]
+
+
 def test_an_unknown_tracker_is_refused_before_anything_runs(toy, tmp_path):
     with pytest.raises(ConfigError, match="tracker"):
         run(toy(tracking=["tensorbord"]))
