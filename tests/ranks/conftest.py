@@ -65,6 +65,16 @@ def forks() -> Iterator[Forks]:
     found.close()
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama."""
+    from tiny import save_tiny
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_tiny(folder)
+    return folder
+
+
 @pytest.fixture
 def said(tmp_path: Path) -> Any:
     """What a rank printed."""

@@ -20,6 +20,7 @@ VOLATILE = {
     "config.yaml",
     "resolved.yaml",
 }
+LORA = {"model": {"adapter": {"type": "lora", "r": 4, "alpha": 8}}}
 
 
 def contents(run: Path) -> dict[str, str]:
@@ -34,6 +35,11 @@ def contents(run: Path) -> dict[str, str]:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    """The optimizer steps of a run."""
+    return [row for row in rows(run / "ledger.jsonl") if row["event"] == "step"]
 
 
 def write_toy_many(folder: Path, output: str, **changes: Any) -> Path:

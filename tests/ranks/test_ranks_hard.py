@@ -11,27 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rank_helpers import contents, rows, weights_of, write_tiny, write_toy_many
+from rank_helpers import LORA, contents, steps, weights_of, write_tiny, write_toy_many
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 QUICK = {"ISFT_RANK_PATIENCE_S": "0.5,10,60,60"}
 COLLECTIVE_S = 4
-LORA = {"model": {"adapter": {"type": "lora", "r": 4, "alpha": 8}}}
 KILLS = int(os.environ.get("ISFT_RANK_KILLS", "20"))
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    from tiny import save_tiny
-
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_tiny(folder)
-    return folder
-
-
-def steps(run):
-    return [row for row in rows(run / "ledger.jsonl") if row["event"] == "step"]
 
 
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])

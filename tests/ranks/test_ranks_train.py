@@ -2,23 +2,9 @@
 
 import numpy as np
 import pytest
-from rank_helpers import contents, rows, weights_of, write_tiny
+from rank_helpers import LORA, contents, steps, weights_of, write_tiny
 
 QUICK = {"ISFT_RANK_PATIENCE_S": "0.5,10,30,60"}
-LORA = {"model": {"adapter": {"type": "lora", "r": 4, "alpha": 8}}}
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    from tiny import save_tiny
-
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    save_tiny(folder)
-    return folder
-
-
-def steps(run):
-    return [row for row in rows(run / "ledger.jsonl") if row["event"] == "step"]
 
 
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
