@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli import __version__
+from iterative_sft_cli.build import build_stages
 from iterative_sft_cli.config import LoadedConfig, load_config
 from iterative_sft_cli.config.secrets import hide
 from iterative_sft_cli.console import Console, safe_text
 from iterative_sft_cli.errors import EXIT_OK, ConfigError, DataError, IsftError
 from iterative_sft_cli.filters import ResolvedFilter, resolve_filters
 from iterative_sft_cli.guards import best_round
+from iterative_sft_cli.loop import run_rounds
 from iterative_sft_cli.prompts import PromptSet, content_key, load_prompts, num_per_round
 from iterative_sft_cli.resume import check_choice, check_drift, is_complete, is_untouched, settle
 from iterative_sft_cli.rounds.thinning import check_keep
@@ -90,7 +92,7 @@ def run_experiment(
     run, drift = open_run(path, loaded, found, allow_change)
     with StopRequests(command) as stop, run:
         try:
-            stages = build_run(run, loaded, filters, prompts, eval_prompts, view, stop.check, ranks)
+            stages = build_stages(loaded, run, filters, prompts, eval_prompts, view, stop.check, ranks)
             stop.check()
             stages.grace_s = grace_s
             run.shards.compress = loaded.config.samples.compress == "gzip"
@@ -104,7 +106,7 @@ def run_experiment(
             if loaded.config.tracking:
                 stages.view = TrackedView(view, loaded.config.tracking, path)
             try:
-                run_stages(stages)
+                run_rounds(stages)
             finally:
                 if isinstance(stages.view, TrackedView):
                     stages.view.finish()
@@ -236,21 +238,6 @@ def rows_hash(rows: Sequence[TrainRow]) -> str | None:
     for row in rows:
         digest.update(repr((row.input_ids, row.labels)).encode("ascii"))
     return digest.hexdigest() if rows else None
-
-
-def build_run(*parts: Any) -> Any:
-    """`build.build_stages`, imported when a model is needed."""
-    from iterative_sft_cli.build import build_stages
-
-    run, loaded, filters, prompts, eval_prompts, view, stop, ranks = parts
-    return build_stages(loaded, run, filters, prompts, eval_prompts, view, stop, ranks)
-
-
-def run_stages(stages: Any) -> None:
-    """`loop.run_rounds`, imported when a model is there."""
-    from iterative_sft_cli.loop import run_rounds
-
-    run_rounds(stages)
 
 
 def announce(stages: Any, loaded: LoadedConfig, view: Console) -> None:
