@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rank_helpers import contents, rows, write_toy_many
 
-QUICK = {"ISFT_RANK_PATIENCE_S": "0.3,4,20,20"}
+QUICK = {"ISFT_RANK_PATIENCE_S": "0.3,8,60,60"}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_config_error_ends_every_rank_with_its_code(forks, tmp_path, said):
     start = time.monotonic()
     assert forks.run(tmp_path, 2, "train", str(config), **QUICK) == [2, 2]
     assert "rounds" in said(0) and said(1) == ""
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_a_filter_that_fails_on_rank_0_ends_every_rank(forks, tmp_path, said):
@@ -132,7 +132,7 @@ def test_a_rank_that_comes_after_the_end_hears_of_it(forks, tmp_path):
     assert forks.run(tmp_path, 2, "train", str(config), before=late, **QUICK) == [0, 0]
 
 
-def wait_for(condition, seconds=20.0):
+def wait_for(condition, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -147,7 +147,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_bytes(forks, tmp
     os.kill(pids[victim], signal.SIGKILL)
     killed = time.monotonic()
     codes = forks.wait(pids)
-    assert time.monotonic() - killed < 15
+    assert time.monotonic() - killed < 60
     assert codes[victim] == -9 and codes[1 - victim] == 4
     other = said(1 - victim)
     assert f"pid {pids[1]}" in other if victim == 1 else "rank 0" in other
