@@ -53,7 +53,11 @@ class Browser:
         finally:
             os.close(self._write)
             os.close(self._read)
-            self._process.wait()
+            try:
+                self._process.wait(ANSWER_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
 
     def send(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
         """Give a command and return its answer; events that came before it are kept."""
