@@ -6,7 +6,6 @@ Guarantee: a shard is made under the plan that one process would have used, so t
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -212,7 +211,7 @@ class RankedEngine:
         job = self._jobs.get(number)
         if job is None:
             return
-        self._link._forget(f"job/{self._number}/{number}")
+        self._link.forget(f"job/{self._number}/{number}")
         requests, decoding = job.shard
         plan = self._local.plan(requests, decoding)
         job.plan = _plain(plan)
@@ -270,4 +269,4 @@ def _prompts_of(requests: Sequence[Request], judging: Judging | None) -> list[An
 
 
 def _plain(plan: dict[str, Any]) -> Any:
-    return unpack(pack(plan)) if plan is not None else json.loads("null")
+    return unpack(pack(plan))

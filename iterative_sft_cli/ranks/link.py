@@ -97,6 +97,7 @@ class Link:
             except RuntimeError as error:
                 raise self.blame(error) from None
             if absent and time.monotonic() > deadline:
+                self._dead.update(absent)
                 raise RankError(
                     f"{_ranks(absent)} of {self.size} did not come within {self.patience.join_s:g} s",
                     hint="look at their output; every host must reach "
@@ -150,7 +151,7 @@ class Link:
         found = unpack(self.wait(f"meet/{number}/done"))
         if self.rank == 0:
             # everybody has left the meeting before
-            self._forget(*(f"meet/{number - 1}/{part}" for part in ("n", "done", "bad")))
+            self.forget(*(f"meet/{number - 1}/{part}" for part in ("n", "done", "bad")))
         if found is not None:
             raise MeetingFailed(found)
 
@@ -159,7 +160,8 @@ class Link:
         """How many meetings this rank has been to."""
         return self._meetings
 
-    def _forget(self, *keys: str) -> None:
+    def forget(self, *keys: str) -> None:
+        """Remove keys that everybody has read, where they are there."""
         for key in keys:
             with contextlib.suppress(RuntimeError):
                 self._store.delete_key(key)
@@ -185,7 +187,7 @@ class Link:
 
     def sweep(self) -> None:
         """Forget the commands that everybody has read: call it after a meeting that the newest command led to."""
-        self._forget(*(f"do/{number}" for number in range(self._swept, self._commands)))
+        self.forget(*(f"do/{number}" for number in range(self._swept, self._commands)))
         self._swept = self._commands
 
     def hear(self, wait_s: float = 0.0) -> list[dict[str, Any]]:
@@ -198,7 +200,7 @@ class Link:
                     self._wait_briefly(f"said/{self._heard}", wait_s)
             while self._store.check([f"said/{self._heard}"]):
                 found.append(unpack(self._store.get(f"said/{self._heard}")))
-                self._forget(f"said/{self._heard}")
+                self.forget(f"said/{self._heard}")
                 self._heard += 1
         except RuntimeError as error:
             raise self.blame(error) from None
@@ -240,7 +242,7 @@ class Link:
         part = None
         if command["parts"]:
             part = unpack(self.wait(f"part/{number}/{self.rank}"))
-            self._forget(f"part/{number}/{self.rank}")
+            self.forget(f"part/{number}/{self.rank}")
         return command, part
 
     def say(self, what: str, **values: Any) -> None:
@@ -269,7 +271,7 @@ class Link:
     def take(self, key: str) -> Any:
         """Wait for a key and remove it."""
         value = unpack(self.wait(key))
-        self._forget(key)
+        self.forget(key)
         return value
 
     def leave(self) -> None:
