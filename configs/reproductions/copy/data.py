@@ -4,19 +4,31 @@ import json
 from pathlib import Path
 
 KIND = "copy"
-SEED_DIGITS, SEED_ROWS = 5, 60000
-DEV = (4, 15, 32)
+SEED_DIGITS, SEED_ROWS = 10, 150000
+DEV = (9, 22, 50)
+
+
+START = "$"
+"""Before every question, as language models have it: without positional encoding it is what positions can be counted from."""
 
 
 def prepare(out: Path) -> None:
-    from iterative_sft_cli.recipes.files.self_improve import examples, make
+    from iterative_sft_cli.recipes.files.self_improve import examples
     from iterative_sft_cli.recipes.tiny_tokenizer import tokenizer_files
 
-    write(out / "seed.jsonl", examples(SEED_DIGITS, SEED_ROWS, kind=KIND))
-    write(out / "dev.jsonl", make(*DEV, kind=KIND, seed=1))
+    rows = examples(SEED_DIGITS, SEED_ROWS, kind=KIND)
+    write(out / "seed.jsonl", [{**row, "prompt": START + row["prompt"]} for row in rows])
+    write(out / "dev.jsonl", prompts(*DEV, kind=KIND, seed=1))
     (out / "char-tokenizer").mkdir(exist_ok=True)
     for name, text in tokenizer_files().items():
         (out / "char-tokenizer" / name).write_text(text)
+
+
+def prompts(first: int, last: int, per_level: int, kind: str, seed: int = 0) -> list[dict]:
+    """Tasks of `first` to `last` digits; `level` is that number."""
+    from iterative_sft_cli.recipes.files.self_improve import make
+
+    return [{**row, "question": START + row["question"]} for row in make(first, last, per_level, kind, seed)]
 
 
 def write(path: Path, rows: list[dict]) -> None:
