@@ -4,8 +4,12 @@ import json
 import random
 from pathlib import Path
 
-KNOWN_DIGITS, LARGEST_DIGITS = 3, 6
-SEED_ROWS, POOL_PER_LEVEL, DEV_PER_LEVEL = 12000, 600, 50
+KNOWN_DIGITS, SHOWN_DIGITS, LARGEST_DIGITS = 3, 6, 10
+SEED_ROWS, POOL_PER_LEVEL, DEV_PER_LEVEL = 12000, 1200, 50
+START = "$"
+"""Before every question, as language models have it: without positional encoding it is what positions can be counted from."""
+SHOWN, SHOWN_ROWS = 200, 1600
+"""Longer additions that are shown as a few-shot prompt shows them: so many different ones a number of digits, and how often in all."""
 
 
 def prepare(out: Path) -> None:
@@ -13,15 +17,26 @@ def prepare(out: Path) -> None:
 
     rng = random.Random(0)
     dev = [
-        row for digits in range(1, LARGEST_DIGITS + 1) for row in draw(rng, digits, DEV_PER_LEVEL if digits > 1 else 20)
+        row for digits in range(1, SHOWN_DIGITS + 1) for row in draw(rng, digits, DEV_PER_LEVEL if digits > 1 else 20)
     ]
     taken = {row["question"] for row in dev}
     pool = [
         row
-        for digits in range(1, LARGEST_DIGITS + 1)
+        for digits in range(1, SHOWN_DIGITS + 1)
         for row in draw(rng, digits, POOL_PER_LEVEL if digits > 1 else 60, taken)
     ]
-    short = [row for digits in range(1, KNOWN_DIGITS + 1) for row in equally(draw(rng, digits, known(digits), taken))]
+    taken |= {row["question"] for row in pool if row["level"] > KNOWN_DIGITS}
+    short = [
+        row
+        for digits in range(1, KNOWN_DIGITS + 1)
+        for row in repeated(draw(rng, digits, known(digits), taken), SEED_ROWS)
+    ]
+    for digits in range(KNOWN_DIGITS + 1, SHOWN_DIGITS + 1):
+        short += repeated(draw(rng, digits, SHOWN, taken), SHOWN_ROWS)
+    for digits in range(SHOWN_DIGITS + 1, LARGEST_DIGITS + 1):
+        longer = draw(rng, digits, DEV_PER_LEVEL + POOL_PER_LEVEL)
+        dev, pool = dev + longer[:DEV_PER_LEVEL], pool + longer[DEV_PER_LEVEL:]
+    pool = [row for row in pool if row["level"] > KNOWN_DIGITS]
     write(out / "pool.jsonl", pool)
     write(out / "dev.jsonl", dev)
     plain = [{"prompt": row["question"], "completion": row["steps"]} for row in short]
@@ -39,9 +54,9 @@ def known(digits: int) -> int:
     return min(SEED_ROWS, 6 * 10 ** (2 * digits - 1))
 
 
-def equally(rows: list[dict]) -> list[dict]:
-    """The rows as often as it takes for every number of digits to come equally often."""
-    return [rows[i % len(rows)] for i in range(SEED_ROWS)]
+def repeated(rows: list[dict], total: int) -> list[dict]:
+    """The rows in turn, `total` in all."""
+    return [rows[i % len(rows)] for i in range(total)]
 
 
 def draw(rng: random.Random, digits: int, rows: int, taken: frozenset[str] | set[str] = frozenset()) -> list[dict]:
@@ -65,7 +80,7 @@ def addition(a: int, b: int, digits: int) -> dict:
         carry = total // 10
     answer = str(a + b).zfill(digits + 1)[::-1]
     return {
-        "question": f"{first}+{second}=",
+        "question": f"{START}{first}+{second}=",
         "answer": answer,
         "level": digits,
         "steps": ",".join(steps) + f"#{answer}",
