@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.config import LoadedConfig
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.harness import Harness
+from iterative_sft_cli.plugin_import import find_plugin
 from iterative_sft_cli.rounds.stages import Stages, View
 from iterative_sft_cli.types import TrainRow
 
@@ -226,24 +226,7 @@ def find_other_models(config: Any, encoder: Any, base_dir: Path) -> dict[str, Pa
 
 def open_backend(config: Any, base_dir: Path) -> Any:
     """The plug-in backend `model.use: pkg.mod:factory` or `file.py:factory`: an object with `encoder`, `learner`, `engine`."""
-    target, _, attribute = str(config.model.use).partition(":")
-    if target.endswith(".py"):
-        import importlib.util
-
-        path = (base_dir / target) if (base_dir / target).is_file() else Path(target)
-        spec = importlib.util.spec_from_file_location(f"isft_backend_{path.stem}", path)
-        if spec is None or spec.loader is None or not path.is_file():
-            raise ConfigError(f"{target}: no such file", where="model.use")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = import_module(target)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"{target}: {error}", where="model.use") from error
-    factory = getattr(module, attribute, None)
-    if factory is None:
-        raise ConfigError(f"{target} has no `{attribute}`", where="model.use", expected="pkg.mod:factory")
+    factory = find_plugin(str(config.model.use), kind="backend", base_dir=base_dir, where="model.use")
     return factory(config)
 
 

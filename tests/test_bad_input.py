@@ -65,6 +65,20 @@ def test_filter_with_a_wrong_argument(toy, tmp_path, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a path below a file is refused differently elsewhere")
+@pytest.mark.parametrize(
+    ("code", "attribute", "exit_code", "said"),
+    [
+        ("1 / 0\n", "make", 5, "an error inside the import of"),
+        ("def make(config): ...\n", "mak", 2, "has no attribute `mak`. Did you mean `make`?"),
+    ],
+)
+def test_backend_whose_file_fails_or_has_another_name(toy, tmp_path, capsys, code, attribute, exit_code, said):
+    (tmp_path / "mine.py").write_text(code)
+    found, err = fails(capsys, "train", str(toy(rounds=1, model={"use": f"mine.py:{attribute}"})))
+    assert found == exit_code and "model.use" in err and said in " ".join(err.split())
+    goes_on(capsys, toy(rounds=1), tmp_path)
+
+
 def test_unwritable_output_dir(toy, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     code, err = fails(capsys, "train", str(toy(rounds=1, output_dir="file/run")))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "iterative_sft_cli"
 STAGES = {"prompts", "generate", "filters", "train"}
 LEVELS = [
-    {"types", "errors", "machine", "native", "tensor_files"},
+    {"types", "errors", "machine", "native", "tensor_files", "plugin_import"},
     {"config", "encoding", "samples", "eval", "tensor_files"},
     {"model", "rundir", "stats", "prompts", "generate", "filters", "train"},
     {"guards", "alarms", "console", "signals", "watchdog", "rounds", "harness"},

@@ -5,7 +5,6 @@ Used in the main process for built-ins and in workers for plug-ins, so it import
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import math
@@ -15,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from iterative_sft_cli.plugin_import import did_you_mean
 from iterative_sft_cli.types import Verdict
 
 Kind = Literal["sample", "group", "samples"]
@@ -159,12 +159,6 @@ def type_name(annotation: Any) -> str:
     if origin is not None and inner:
         return f"{getattr(origin, '__name__', origin)}[{', '.join(type_name(one) for one in inner)}]"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).removeprefix("typing.")
-
-
-def did_you_mean(word: str, words: Sequence[str]) -> str:
-    """' Did you mean `x`?' or an empty string."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def place_bare(shape: Shape, args: Mapping[str, Any], bare: Any) -> tuple[dict[str, Any], list[str]]:

@@ -13,11 +13,11 @@ from iterative_sft_cli.config.secrets import hide
 from iterative_sft_cli.errors import ConfigError, PluginError
 from iterative_sft_cli.filters.builtin.spec import Role
 from iterative_sft_cli.filters.contract import Shape, place_bare
-from iterative_sft_cli.filters.imports import ImportBroken, NotFound, load_target
 from iterative_sft_cli.filters.link import Died, Link, Watchdog
 from iterative_sft_cli.filters.pool import start_message
 from iterative_sft_cli.filters.resolved import Location, ResolvedFilter, bind_scheduled, long_form, scalars
 from iterative_sft_cli.filters.wire import encode
+from iterative_sft_cli.plugin_import import ImportBroken, NotFound, load_target
 
 if TYPE_CHECKING:
     from iterative_sft_cli.config import FilterEntry

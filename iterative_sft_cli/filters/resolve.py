@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from iterative_sft_cli.errors import ConfigError, IsftError
 from iterative_sft_cli.filters.builtin import NAMES, load_builtin
-from iterative_sft_cli.filters.contract import bind_arguments, did_you_mean, inspect_filter, place_bare
+from iterative_sft_cli.filters.contract import bind_arguments, inspect_filter, place_bare
 from iterative_sft_cli.filters.resolved import Location, ResolvedFilter, bind_scheduled, long_form
 from iterative_sft_cli.filters.scores import SAMPLE_FIELDS, names_in
+from iterative_sft_cli.plugin_import import did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint

@@ -15,11 +15,11 @@ from iterative_sft_cli.filters.batches import BatchSizes, InMemory, judge_in_bat
 from iterative_sft_cli.filters.cache import ResultCache
 from iterative_sft_cli.filters.context import Context
 from iterative_sft_cli.filters.contract import ContractBreach, Outcome, to_outcome, to_outcomes
-from iterative_sft_cli.filters.imports import explain
 from iterative_sft_cli.filters.pool import WorkerPool, outcome_from_row
 from iterative_sft_cli.filters.resolved import ResolvedFilter
 from iterative_sft_cli.filters.wire import encode, frame_around, sample_to_wire, to_json
 from iterative_sft_cli.filters.worker import outcome_to_row
+from iterative_sft_cli.plugin_import import explain
 from iterative_sft_cli.types import Sample, Verdict
 
 History = Iterable[Mapping[str, Any]]

@@ -15,12 +15,12 @@ from iterative_sft_cli.filters.batches import BatchSizes
 from iterative_sft_cli.filters.cache import ResultCache
 from iterative_sft_cli.filters.context import Context
 from iterative_sft_cli.filters.contract import make_callable
-from iterative_sft_cli.filters.imports import explain
 from iterative_sft_cli.filters.link import Watchdog
 from iterative_sft_cli.filters.pool import WorkerPool
 from iterative_sft_cli.filters.resolved import ResolvedFilter
 from iterative_sft_cli.filters.runners import DirectRunner, History, Runner, ThreadRunner, WorkerRunner, blame
 from iterative_sft_cli.filters.wire import encode, sample_to_wire, to_json
+from iterative_sft_cli.plugin_import import explain
 from iterative_sft_cli.types import Sample
 
 

@@ -31,8 +31,9 @@ from iterative_sft_cli.filters.contract import (
     to_outcome,
     to_outcomes,
 )
-from iterative_sft_cli.filters.imports import ImportBroken, NotFound, explain, load_target, source_hash
+from iterative_sft_cli.filters.source_hash import source_hash
 from iterative_sft_cli.filters.wire import encode, read_frame, sample_from_wire
+from iterative_sft_cli.plugin_import import ImportBroken, NotFound, explain, load_target
 from iterative_sft_cli.types import Sample, derive_seed
 
 MAX_FORKS = 64

@@ -10,18 +10,15 @@ A plug-in is a function `make(context, **args) -> Engine`, where `context` is an
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import ConfigError, IsftError, PluginError
 from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory, no_heartbeat
+from iterative_sft_cli.plugin_import import find_plugin
 from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Completion, Decoding, Request
 
 GROUP = "isft.engines"
@@ -40,55 +37,17 @@ class EngineContext:
     seed: int
 
 
-def resolve(use: str, base_dir: Path, *, where: str) -> Any:
-    """The object that `use` names. Raises ConfigError when it is not there, PluginError when its import raises."""
-    target, colon, attribute = use.rpartition(":")
-    if not colon:
-        found = [point for point in entry_points(group=GROUP) if point.name == use]
-        if len(found) > 1:
-            places = ", ".join(sorted(point.value for point in found))
-            raise ConfigError(f"{use!r} is offered by more than one package: {places}", where=where)
-        if not found:
-            known = sorted({"transformers", "vllm", "openai"} | {p.name for p in entry_points(group=GROUP)})
-            raise ConfigError(
-                f"there is no engine {use!r}", where=where, expected=", ".join(known) + ", pkg.mod:attr or file.py:attr"
-            )
-        target, _, attribute = found[0].value.partition(":")
-    try:
-        module = _from_file(target, base_dir, where) if target.endswith(".py") else importlib.import_module(target)
-    except ConfigError:
-        raise
-    except ModuleNotFoundError as error:
-        if error.name is not None and (target == error.name or target.startswith(error.name + ".")):
-            raise ConfigError(f"there is no module {error.name!r}", where=where) from error
-        raise PluginError(f"{use}: {error}", where=where) from error
-    except Exception as error:
-        raise PluginError(f"importing {use} failed: {type(error).__name__}: {error}", where=where) from error
-    value: Any = module
-    for part in attribute.split("."):
-        if not hasattr(value, part):
-            raise ConfigError(f"{target} has no attribute {attribute!r}", where=where)
-        value = getattr(value, part)
-    return value
-
-
-def _from_file(target: str, base_dir: Path, where: str) -> Any:
-    path = next((p for p in (base_dir / target, Path(target)) if p.is_file()), None)
-    if path is None:
-        raise ConfigError(f"there is no file {target}", where=where, hint="it is looked for beside the config")
-    name = f"isft_engine_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def open_plugin(use: str, context: EngineContext) -> Engine:
     """The engine that `use` makes, behind the contract's checks. Raises ConfigError for wrong arguments."""
     where = "generate.engine"
-    make = resolve(use, context.base_dir, where=where)
+    make = find_plugin(
+        use,
+        kind="engine",
+        base_dir=context.base_dir,
+        where=where,
+        group=GROUP,
+        built_in=("transformers", "vllm", "openai"),
+    )
     if not callable(make):
         raise ConfigError(f"{use} is not a function or class", where=where, expected="make(context, **args) -> Engine")
     args = dict(context.section.args)

@@ -23,6 +23,7 @@ from iterative_sft_cli.generate.http_client import ServerError, request_json, st
 from iterative_sft_cli.generate.vllm_proof import compared, mean_difference, served_logprobs
 from iterative_sft_cli.generate.vllm_request import completion_body
 from iterative_sft_cli.generate.vllm_server import SERVED_NAME, Server, free_port, serve_command
+from iterative_sft_cli.plugin_import import find_plugin
 from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Completion, Decoding, Request
 
 log = logging.getLogger(__name__)
@@ -207,9 +208,8 @@ class VllmEngine:
                 if reload == "http":
                     self._load(url, folder, adapter)
                 elif reload is not None and reload != "restart":
-                    from iterative_sft_cli.generate.plugin import resolve
-
-                    resolve(reload, self.base_dir, where="generate.vllm.reload")(url, folder)
+                    reloads = find_plugin(reload, kind="function", base_dir=self.base_dir, where="generate.vllm.reload")
+                    reloads(url, folder)
                 if reload == "restart":
                     self._wait_for_restart(url)
                 if self._model_name == SERVED_NAME:

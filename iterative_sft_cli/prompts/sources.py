@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import ConfigError, DataError, PluginError
+from iterative_sft_cli.plugin_import import find_plugin
 from iterative_sft_cli.prompts.files import Located, plain
 from iterative_sft_cli.types import Prompt
 
@@ -152,7 +148,9 @@ def from_factory(
     use: str, args: Mapping[str, Any], base_dir: Path, limit: int | None, key: str
 ) -> tuple[list[Located], str]:
     """The rows that a plug-in's factory yields: mappings, texts, or `Prompt`s."""
-    factory = find_factory(use, base_dir, f"{key}.use")
+    factory = find_plugin(use, kind="prompt source", base_dir=base_dir, where=f"{key}.use", group=GROUP)
+    if not callable(factory):
+        raise ConfigError(f"{use} is a {type(factory).__name__}", where=f"{key}.use", expected="something to call")
     rows: list[Located] = []
     try:
         produced: Iterable[Any] = factory(**args)
@@ -183,77 +181,3 @@ def _as_row(row: Any, use: str) -> dict[str, Any]:
         converted: dict[str, Any] = plain(row)
         return converted
     raise PluginError(f"{use} yielded a {type(row).__name__}", expected="mappings, texts or Prompts")
-
-
-def find_factory(use: str, base_dir: Path, where: str) -> Callable[..., Any]:
-    """What `use` names: an entry point of `isft.prompts`, `pkg.mod:attr`, or `path/file.py:attr`. Raises ConfigError."""
-    target, colon, attribute = use.rpartition(":")
-    if not colon:
-        found = [point for point in entry_points(group=GROUP) if point.name == use]
-        if len(found) > 1:
-            packages = ", ".join(sorted(point.value for point in found))
-            raise ConfigError(
-                f"{use!r} is the name of several plug-ins: {packages}", where=where, hint="write pkg.mod:attr"
-            )
-        if not found:
-            names = [point.name for point in entry_points(group=GROUP)]
-            close = difflib.get_close_matches(use, names, n=1)
-            raise ConfigError(
-                f"no plug-in has the name {use!r}",
-                where=where,
-                expected="pkg.mod:factory, file.py:factory or a name of the group isft.prompts",
-                hint=f"did you mean {close[0]}?" if close else None,
-            )
-        target, _, attribute = found[0].value.partition(":")
-    module = _import(target, base_dir, where)
-    value: Any = module
-    for part in attribute.split("."):
-        if not hasattr(value, part):
-            names = [name for name in vars(module) if not name.startswith("_")]
-            close = difflib.get_close_matches(part, names, n=1)
-            raise ConfigError(
-                f"{target} was imported and has no {attribute!r}",
-                where=where,
-                hint=f"did you mean {close[0]}?" if close else None,
-            )
-        value = getattr(value, part)
-    if not callable(value):
-        raise ConfigError(f"{use} is a {type(value).__name__}", where=where, expected="something to call")
-    called: Callable[..., Any] = value
-    return called
-
-
-def _import(target: str, base_dir: Path, where: str) -> Any:
-    with _on_path(base_dir):
-        try:
-            if not target.endswith(".py"):
-                return importlib.import_module(target)
-            path = next((one for one in (base_dir / target, Path(target)) if one.is_file()), None)
-            if path is None:
-                raise ConfigError(
-                    "no such file", where=f"{where}: {target}", hint=f"paths are relative to {base_dir.resolve()}"
-                )
-            spec = importlib.util.spec_from_file_location(f"isft_prompts_{path.stem}", path)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            return module
-        except ConfigError:
-            raise
-        except ModuleNotFoundError as error:
-            if error.name is not None and (target == error.name or target.startswith(error.name + ".")):
-                raise ConfigError(f"there is no module {error.name!r}", where=where) from error
-            raise ConfigError(f"importing {target} failed: {error}", where=where) from error
-        except Exception as error:
-            raise ConfigError(f"importing {target} failed: {type(error).__name__}: {error}", where=where) from error
-
-
-@contextmanager
-def _on_path(base_dir: Path) -> Iterator[None]:
-    """The config's folder and the current one can be imported from."""
-    before = list(sys.path)
-    sys.path[:0] = [str(base_dir.resolve()), os.getcwd()]
-    try:
-        yield
-    finally:
-        sys.path[:] = before

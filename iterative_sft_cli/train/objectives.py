@@ -7,9 +7,6 @@ all ranks; weights are never normalised. Each built-in is checked against its cl
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.metadata
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor
 
 from iterative_sft_cli.errors import ConfigError
+from iterative_sft_cli.plugin_import import find_plugin
 
 
 @dataclass(frozen=True)
@@ -104,48 +102,25 @@ def needs_logits(objective: Objective) -> bool:
     return bool(getattr(inner, "needs_logits", False))
 
 
-def _find(name: str, base_dir: Path | None) -> Any:
-    if name in BUILTIN:
-        return BUILTIN[name]
-    if ":" not in name:
-        found = list(importlib.metadata.entry_points(group="isft.objectives", name=name))
-        if len(found) > 1:
-            owners = ", ".join(sorted(str(point.value) for point in found))
-            raise ConfigError(f"objective {name!r} is offered by several packages ({owners})", where="train.objective")
-        if found:
-            return found[0].load()
-        raise ConfigError(
-            f"unknown objective {name!r}",
-            where="train.objective",
-            expected=", ".join(BUILTIN) + ", an entry point of isft.objectives, pkg.mod:attr or file.py:attr",
-        )
-    module_name, _, attribute = name.rpartition(":")
-    if module_name.endswith(".py"):
-        path = Path(module_name) if base_dir is None else base_dir / module_name
-        if not path.is_file():
-            raise ConfigError(f"objective file {module_name} does not exist", where="train.objective")
-        spec = importlib.util.spec_from_file_location(f"isft_objective_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"objective module {module_name!r}: {error}", where="train.objective") from None
-    try:
-        return getattr(module, attribute)
-    except AttributeError:
-        raise ConfigError(f"{module_name} has no {attribute!r}", where="train.objective") from None
-
-
 def resolve_objective(spec: Any, base_dir: Path | None = None) -> Objective:
-    """An objective from a name, `{use, args}` mapping or callable. Raises ConfigError for unknown names and wrong arguments."""
+    """An objective from a name, `{use, args}` mapping or callable.
+
+    Raises ConfigError for unknown names and wrong arguments, PluginError when its import raises.
+    """
     arguments: dict[str, Any] = {}
     if isinstance(spec, Mapping):
         arguments = dict(spec.get("args") or {})
         spec = spec.get("use")
-    found = _find(spec, base_dir) if isinstance(spec, str) else spec
+    found = spec
+    if isinstance(spec, str):
+        found = BUILTIN.get(spec) or find_plugin(
+            spec,
+            kind="objective",
+            base_dir=base_dir or Path(),
+            where="train.objective",
+            group="isft.objectives",
+            built_in=tuple(BUILTIN),
+        )
     if inspect.isclass(found):
         try:
             found, arguments = found(**arguments), {}

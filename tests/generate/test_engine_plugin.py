@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import metadata
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def completions_of(engine: Any, **shape: Any) -> list[Completion]:
 @pytest.fixture
 def entry_point(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     points = [EntryPoint("echo", "echo_engine:make", plugin.GROUP)]
-    monkeypatch.setattr(plugin, "entry_points", lambda group: points)
+    monkeypatch.setattr(metadata, "entry_points", lambda group: points)
     return points
 
 
@@ -81,9 +82,9 @@ def test_the_heartbeat_reaches_the_loop_and_its_stop_comes_back() -> None:
     ("use", "args", "message"),
     [
         ("ecko", {}, "there is no engine 'ecko'"),
-        ("no_such_module:make", {}, "no module 'no_such_module'"),
-        ("echo_engine:mak", {}, "no attribute 'mak'"),
-        ("missing.py:make", {}, "no file missing.py"),
+        ("no_such_module:make", {}, "no module `no_such_module`"),
+        ("echo_engine:mak", {}, "no attribute `mak`"),
+        ("missing.py:make", {}, "missing.py: no such file"),
         ("echo_engine.py:make", {"num": 1}, "does not take these arguments"),
         ("echo_engine.py:EOS", {}, "not a function"),
     ],
@@ -95,7 +96,7 @@ def test_what_the_user_wrote_wrongly_is_a_config_error(use: str, args: dict[str,
 
 def test_a_name_that_two_packages_offer(entry_point: list[EntryPoint]) -> None:
     entry_point.append(EntryPoint("echo", "other:make", plugin.GROUP))
-    with pytest.raises(ConfigError, match="more than one package: echo_engine:make, other:make"):
+    with pytest.raises(ConfigError, match="several packages: echo_engine:make, other:make"):
         open_it("echo")
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 
 from iterative_sft_cli.errors import ConfigError, DataError, PluginError
 from iterative_sft_cli.prompts import load_prompts
-from iterative_sft_cli.prompts import sources as prompt_sources
 
 
 def section(**settings: Any) -> SimpleNamespace:
@@ -168,16 +168,20 @@ def test_factories_yield_rows_texts_or_prompts(folder: Path, target: str) -> Non
 @pytest.mark.parametrize(
     ("use", "error", "message"),
     [
-        ("mine.py:row", ConfigError, "has no 'row'\nhint: did you mean rows"),
+        ("mine.py:row", ConfigError, "no attribute `row`. Did you mean `rows`"),
         ("none.py:rows", ConfigError, "no such file"),
-        ("isft_no_such_module:rows", ConfigError, "there is no module 'isft_no_such_module'"),
-        ("halfway.py:rows", ConfigError, "importing halfway.py failed: No module named 'there_is_no_such_thing'"),
-        ("halfway:rows", ConfigError, "importing halfway failed: No module named 'there_is_no_such_thing'"),
-        ("wrong.py:rows", ConfigError, "importing wrong.py failed: ZeroDivisionError"),
+        ("isft_no_such_module:rows", ConfigError, "there is no module `isft_no_such_module`"),
+        (
+            "halfway.py:rows",
+            PluginError,
+            "inside the import of .*halfway.py: .* No module named 'there_is_no_such_thing'",
+        ),
+        ("halfway:rows", PluginError, "inside the import of halfway: .* No module named 'there_is_no_such_thing'"),
+        ("wrong.py:rows", PluginError, "inside the import of .*wrong.py: ZeroDivisionError"),
         ("mine.py:constant", ConfigError, "is a int, expected something to call"),
         ("mine.py:broken", PluginError, "raised RuntimeError: no more"),
         ("mine.py:numbers", PluginError, "yielded a int"),
-        ("no_such_name", ConfigError, "no plug-in has the name"),
+        ("no_such_name", ConfigError, "there is no prompt source 'no_such_name'"),
     ],
 )
 def test_what_is_wrong_with_a_factory_is_said(folder: Path, use: str, error: type[Exception], message: str) -> None:
@@ -194,14 +198,14 @@ def test_entry_points_have_short_names(folder: Path, monkeypatch: pytest.MonkeyP
     def points(group: str) -> list[Any]:
         assert group == "isft.prompts"
         return [
-            SimpleNamespace(name="texts", value="isft_test_prompts_pkg:texts"),
-            SimpleNamespace(name="twice", value="a:b"),
-            SimpleNamespace(name="twice", value="c:d"),
+            metadata.EntryPoint("texts", "isft_test_prompts_pkg:texts", group),
+            metadata.EntryPoint("twice", "a:b", group),
+            metadata.EntryPoint("twice", "c:d", group),
         ]
 
-    monkeypatch.setattr(prompt_sources, "entry_points", points)
+    monkeypatch.setattr(metadata, "entry_points", points)
     assert [p.prompt for p in load_prompts(section(use="texts"), base_dir=folder).prompts] == ["a", "b"]
-    with pytest.raises(ConfigError, match="several plug-ins: a:b, c:d"):
+    with pytest.raises(ConfigError, match="several packages: a:b, c:d"):
         load_prompts(section(use="twice"), base_dir=folder)
-    with pytest.raises(ConfigError, match="did you mean texts"):
+    with pytest.raises(ConfigError, match="Did you mean `texts`"):
         load_prompts(section(use="text"), base_dir=folder)

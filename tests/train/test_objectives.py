@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from train_helpers import caught_gradients, largest_error, model, some_rows
 
-from iterative_sft_cli.errors import ConfigError, DataError
+from iterative_sft_cli.errors import ConfigError, DataError, PluginError
 from iterative_sft_cli.train.objectives import TokenBatch, resolve_objective
 from iterative_sft_cli.train.torch_core import TrainCore
 from iterative_sft_cli.train.torch_head import token_logprobs
@@ -161,13 +161,17 @@ def wrong_shape(batch):
         core = TrainCore(model("llama"), StepSettings(objective="my_objectives_for_test:wrong_shape"))
         core.step(rows, learning_rate=1e-3, seed=0)
     for spec, text in {
-        "nlll": "unknown objective 'nlll'",
-        "my_objectives_for_test:nope": "has no 'nope'",
+        "nlll": "there is no objective 'nlll'. Did you mean `nll`?",
+        "my_objectives_for_test:nope": "no attribute `nope`",
         "no_such_module_at_all:f": "no_such_module_at_all",
-        "nowhere.py:f": "does not exist",
+        "nowhere.py:f": "no such file",
     }.items():
         with pytest.raises(ConfigError, match=text):
             resolve_objective(spec)
+    (tmp_path / "broken_objective.py").write_text("def fine(batch):\n    return batch.nll\n1 / 0\n")
+    for use in ("broken_objective.py:fine", "broken_objective:fine"):
+        with pytest.raises(PluginError, match=r"inside the import of .*broken_objective.*ZeroDivisionError.*py:3"):
+            resolve_objective(use, tmp_path)
     with pytest.raises(ConfigError, match="unexpected keyword argument 'temprature'"):
         resolve_objective({"use": "rwr", "args": {"temprature": 1.0}})
     sys.modules.pop("my_objectives_for_test")
