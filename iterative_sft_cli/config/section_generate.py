@@ -135,7 +135,7 @@ class GenerateConfig(Section):
     samples_per_prompt: Scheduled[Count] = 8
     """Completions drawn for each prompt and round; 1 when `do_sample` is false."""
     until_accepted: Scheduled[Count | None] = None
-    """Stop drawing for a prompt once so many were accepted, at most `samples_per_prompt`; null always draws all."""
+    """Stop drawing for a prompt once so many were accepted, at most `samples_per_prompt`; null always draws all. Samples come in waves that each read their prompts again, so it saves time where many are allowed (32), and costs some where few are (8)."""
     until_total: Scheduled[Count | None] = None
     """Stop asking further prompts once so many samples of the round were accepted; null asks all of the round's prompts."""
     budget: BudgetConfig | None = None
