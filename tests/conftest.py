@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,3 +19,17 @@ def toy(tmp_path: Path) -> Callable[..., Path]:
         return write_toy(tmp_path, changes)
 
     return make
+
+
+@pytest.fixture
+def hide_packages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`hide_packages("gguf")`: that package looks as if it were not installed. All others are found as ever, for libraries remember what
+    they were told for as long as the process lives."""
+    real = importlib.util.find_spec
+
+    def hide(*gone: str) -> None:
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *more: None if name in gone else real(name, *more)
+        )
+
+    return hide

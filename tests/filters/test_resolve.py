@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,10 +200,8 @@ def test_scheduled_arguments_are_checked_in_every_round(tmp_path: Path) -> None:
     ]
 
 
-def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.util.find_spec
-    gone = {"math_verify", "reasoning_gym", "rapidfuzz", "datasketch", "py3langid", "pydantic_monty"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in gone else real(name, *a))
+def test_a_missing_library_names_the_extra(tmp_path: Path, hide_packages: Callable[..., None]) -> None:
+    hide_packages("math_verify", "reasoning_gym", "rapidfuzz", "datasketch", "py3langid", "pydantic_monty")
     found = "\n".join(
         problems(
             tmp_path,

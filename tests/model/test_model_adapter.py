@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,10 @@ def test_adapter_targets_are_checked(folders: dict[str, Path]) -> None:
         load_model(section(folders["llama"], adapter=lora(target_modules=["nope"])))
 
 
-def test_quantization_is_explained(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantization_is_explained(folders: dict[str, Path], hide_packages: Callable[..., None]) -> None:
     with pytest.raises(ConfigError, match="expected an `adapter`"):
         load_model(section(folders["llama"], quantization="4bit"))
-    from iterative_sft_cli import model_load
-
-    monkeypatch.setattr(model_load.importlib.util, "find_spec", lambda name: None)
+    hide_packages("bitsandbytes")
     with pytest.raises(ConfigError, match=r"iterative-sft-cli\[quant\]"):
         load_model(section(folders["llama"], quantization="4bit", adapter=lora()))
 

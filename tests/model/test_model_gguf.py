@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,9 @@ def test_a_gguf_file_is_a_model_that_trains_and_saves(tmp_path: Path, capfd: pyt
         load_model(section("cut.gguf"), base_dir=tmp_path)
 
 
-def test_a_gguf_file_without_its_package_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from iterative_sft_cli import model_load
-
+def test_a_gguf_file_without_its_package_says_how_to_get_it(tmp_path: Path, hide_packages: Callable[..., None]) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(model_load.importlib.util, "find_spec", lambda name: None)
+    hide_packages("gguf")
     with pytest.raises(ConfigError, match=r"iterative-sft-cli\[gguf\]"):
         load_model(section("x.gguf"), base_dir=tmp_path)
 
