@@ -33,7 +33,7 @@ _FROZEN = """
     rationalize.share rationalize.few_shot
     train.mix.weight train.new_share train.max_rows train.evict train.formats[].prompt train.formats[].completion train.formats[].few_shot
     eval.rank_by
-    generate.args generate.samples_per_prompt generate.until_accepted generate.from generate.from[].model generate.from[].share
+    generate.args generate.samples_per_prompt generate.until_accepted generate.wave_size generate.from generate.from[].model generate.from[].share
     generate.temperature generate.top_p generate.top_k generate.min_p generate.repetition_penalty generate.do_sample
     generate.max_new_tokens generate.stop generate.keep_logprobs generate.openai.model generate.openai.extra_body
     rationalize.template rationalize.samples_per_prompt rationalize.max_share

@@ -104,12 +104,16 @@ def generate_from(config: Config, base_dir: Path) -> Iterator[Finding]:
                 yield Finding(path, "there is no warm-up", "a warmup section, or current or base")
 
 
-@rule("generate.until_accepted", "generate.samples_per_prompt", "filters", "rounds")
+@rule("generate.until_accepted", "generate.wave_size", "generate.samples_per_prompt", "filters", "rounds")
 def until_accepted(config: Config, base_dir: Path) -> Iterator[Finding]:
     """Stopping early needs verdicts that later samples do not change."""
     until: Any = config.generate.until_accepted
     wanted: Any = config.generate.samples_per_prompt
     if until is None:
+        if config.generate.wave_size is not None:
+            yield at(
+                "generate.wave_size", "without until_accepted there are no waves", "generate.until_accepted beside it"
+            )
         return
     for r in rounds_of(config, until, wanted):
         least, most = value_in(until, r), value_in(wanted, r)

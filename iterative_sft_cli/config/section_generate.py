@@ -135,7 +135,9 @@ class GenerateConfig(Section):
     samples_per_prompt: Scheduled[Count] = 8
     """Completions drawn for each prompt and round; 1 when `do_sample` is false."""
     until_accepted: Scheduled[Count | None] = None
-    """Stop drawing for a prompt once so many were accepted, at most `samples_per_prompt`; null always draws all. Samples come in waves that each read their prompts again, so it saves time where many are allowed (32), and costs some where few are (8)."""
+    """Stop drawing for a prompt once so many were accepted, at most `samples_per_prompt`; null always draws all."""
+    wave_size: Count | None = None
+    """Samples of a prompt in one wave of `until_accepted`; a wave looks at the verdicts of all waves but the one before it. null is `until_accepted`, or a sixteenth of `samples_per_prompt` where that is more."""
     until_total: Scheduled[Count | None] = None
     """Stop asking further prompts once so many samples of the round were accepted; null asks all of the round's prompts."""
     budget: BudgetConfig | None = None

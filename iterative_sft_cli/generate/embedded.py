@@ -20,8 +20,9 @@ from iterative_sft_cli.generate.embedded_fallback import generate_with_model
 from iterative_sft_cli.generate.embedded_lean import LeanDecoder, refusal
 from iterative_sft_cli.generate.embedded_module import ATTENTION, Decoder, ModuleDecoder
 from iterative_sft_cli.generate.embedded_native import kernels
-from iterative_sft_cli.generate.embedded_plan import make_plan
+from iterative_sft_cli.generate.embedded_plan import make_plan, num_positions, prefill_tokens
 from iterative_sft_cli.generate.embedded_probe import EXACT, decoder_error, difference, expected, granted
+from iterative_sft_cli.generate.embedded_prompts import KEPT_SHARE, KeptPrompts, that_fit
 from iterative_sft_cli.generate.embedded_shard import Shard, schedule
 from iterative_sft_cli.generate.embedded_streams import deal, run_streams
 from iterative_sft_cli.generate.embedded_weights import Replica, can_merge
@@ -49,6 +50,7 @@ class EmbeddedEngine:
         self._replica: Replica | None = None
         self._model: Any = None
         self._decoder: Decoder | None = None
+        self._kept: KeptPrompts | None = None
         self._lean: bool | None = None
         self._told = False
         self._threads = torch.get_num_threads()
@@ -59,8 +61,18 @@ class EmbeddedEngine:
         native = self._device().type == "cpu" and self._compute_dtype() == torch.bfloat16
         return kernels() if native else None
 
+    def keep_prompts(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Read each of these prompts once for all the shards until the next call; returns those that there is memory for."""
+        device = str(self.loaded.device)
+        positions = num_positions(self.memory_gb, self._bytes_per_position(), device)
+        fit = (prompt for prompt in prompts if 0 < len(prompt) < self.loaded.context_length)
+        found = that_fit(fit, int(positions * KEPT_SHARE))
+        self._kept = KeptPrompts(found, prefill_tokens(device)) if found else None
+        return found
+
     def begin(self, weights: Path | None) -> None:
         """Serve the trainer's weights as they are now (None), or those of a Hugging Face or adapter folder."""
+        self._forget_prompts()
         if weights is None:
             live = self.loaded.model
             if self._replica is None or not self._replica.is_of(live):
@@ -77,6 +89,7 @@ class EmbeddedEngine:
 
     def end(self) -> None:
         """Free the cache and weights that were loaded from a folder; the replica's storage stays for the next phase."""
+        self._forget_prompts()
         if self._decoder is not None:
             self._decoder.reset()
         self._decoder = None
@@ -87,15 +100,18 @@ class EmbeddedEngine:
 
     def plan(self, requests: Sequence[Request], decoding: Decoding) -> dict[str, Any]:
         """The batch shape of a shard; see `embedded_plan.make_plan`."""
+        kept = self._kept if self._decoder is not None else None
         return make_plan(
             requests,
             decoding,
             memory_gb=self.memory_gb,
-            bytes_per_position=_bytes_per_position(self.loaded.model.config, self._compute_dtype()),
+            bytes_per_position=self._bytes_per_position(),
             context_length=self.loaded.context_length,
             device=str(self.loaded.device),
             threads=self._threads,
-            shareable=self._decoder is not None and self._decoder.twin() is not None,
+            shareable=self._decoder is not None and self._decoder.shareable,
+            kept_tokens=kept.num_tokens if kept is not None else 0,
+            num_kept=sum(request.prompt_ids in kept for request in requests) if kept is not None else 0,
         )
 
     def generate(self, requests: Sequence[Request], decoding: Decoding, plan: dict[str, Any]) -> Iterator[Completion]:
@@ -135,18 +151,19 @@ class EmbeddedEngine:
             )
             return
         streams = min(int(plan.get("streams", 1)), int(plan["max_rows"]))
-        decoders = [self._decoder, *(self._decoder.twin() for _ in range(streams - 1))]
+        if self._kept is not None:
+            self._kept.expect(request.prompt_ids for request in requests)
         shards = [
             Shard(
-                decoder,
+                self._decoder if number == 0 else self._decoder.twin(),
                 decoding,
                 plan,
                 context_length=self.loaded.context_length,
                 decode_text=self.encoder.decode,
                 streams=streams,
+                kept=self._kept,
             )
-            for decoder in decoders
-            if decoder is not None
+            for number in range(streams)
         ]
         pieces = schedule(requests, shards[0].max_rows)
         if streams == 1:
@@ -155,6 +172,13 @@ class EmbeddedEngine:
         else:
             threads = max(int(plan["threads"]) // streams, 1)
             yield from run_streams(shards, deal(pieces, streams), threads, self.heartbeat)
+
+    def _forget_prompts(self) -> None:
+        if self._kept is not None:
+            self._kept.forget()
+
+    def _bytes_per_position(self) -> int:
+        return _bytes_per_position(self.loaded.model.config, self._compute_dtype())
 
     def _compute_dtype(self) -> torch.dtype:
         dtype = self.loaded.compute_dtype

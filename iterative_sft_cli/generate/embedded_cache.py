@@ -122,6 +122,20 @@ class BlockCache:
         for store, new in zip(self.prompts, (keys, values), strict=True):
             store[layer, slot, :, start:end] = new
 
+    def admit_read(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], copies: Sequence[int]) -> None:
+        """Take in prompts with so many rows each, whose keys and values [layers, heads, length, d] are there."""
+        slots = self.admit([one.shape[2] for one in keys], copies)
+        assert self.prompts is not None
+        for store, given in zip(self.prompts, (keys, values), strict=True):
+            for slot, new in zip(slots, given, strict=True):
+                store[:, slot, :, : new.shape[2]] = new
+
+    def whole_prompt(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of a prompt's keys and values [layers, heads, length, d]."""
+        assert self.prompts is not None
+        keys, values = (store[:, slot, :, : self.prompt_lengths[slot]].clone() for store in self.prompts)
+        return keys, values
+
     @torch.inference_mode()
     def remove(self, rows: Sequence[int]) -> list[int]:
         """Take rows out. Returns, for each new row number, the old one: the caller reorders what it keeps per row."""

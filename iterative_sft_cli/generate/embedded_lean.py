@@ -132,11 +132,9 @@ class LeanDecoder:
     @torch.inference_mode()
     def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> torch.Tensor:
         """See `Decoder.admit`. The prompts' tokens are one flat batch; only attention sees them as a padded table."""
-        if self._cache is None:
-            shape = len(self.layers), self.heads, self.kv_heads, self.width, self.width
-            self._cache = BlockCache(*shape, self.dtype, self.device)
+        self._open()
         shared = self._prefix[0][0].shape[1] if self._prefix else 0
-        slots = self._cache.admit([len(p) for p in prompts], copies)
+        slots = self.cache.admit([len(p) for p in prompts], copies)
         lengths = [len(p) - shared for p in prompts]
         table = _Table(lengths, shared, self.device)
 
@@ -152,6 +150,17 @@ class LeanDecoder:
             return table.attend(query, key, value, prefix, self.scaling)
 
         return self._prefill([t for p in prompts for t in p[shared:]], table, attend)
+
+    @torch.inference_mode()
+    def admit_read(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], copies: Sequence[int]) -> None:
+        """See `Decoder.admit_read`."""
+        self._open()
+        self.cache.admit_read(keys, values, copies)
+
+    def _open(self) -> None:
+        if self._cache is None:
+            shape = len(self.layers), self.heads, self.kv_heads, self.width, self.width
+            self._cache = BlockCache(*shape, self.dtype, self.device)
 
     def _prefill(self, tokens: Sequence[int], table: _Table, attend: Any) -> torch.Tensor:
         """Features of the last token of every row of `table`."""
@@ -225,6 +234,9 @@ class LeanDecoder:
         """See `Decoder.reset`."""
         self._cache = None
         self._prefix = []
+
+    shareable = True
+    """Its code keeps nothing between calls but what is a decoder's own."""
 
     def twin(self) -> LeanDecoder:
         """See `Decoder.twin`."""

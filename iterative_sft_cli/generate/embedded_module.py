@@ -35,6 +35,9 @@ class Decoder(Protocol):
     def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> torch.Tensor:
         """Run the prompts and append `copies[i]` rows that continue prompt i; features of each last token [prompts, ...]."""
 
+    def admit_read(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], copies: Sequence[int]) -> None:
+        """Append `copies[i]` rows that continue a prompt that was run before, with its keys and values [layers, kv_heads, length, d]."""
+
     def decode(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append one token to every row; returns features [at least num_rows, ...]."""
 
@@ -44,8 +47,12 @@ class Decoder(Protocol):
     def reset(self) -> None:
         """Forget every row and free the cache."""
 
-    def twin(self) -> Decoder | None:
-        """Another decoder over the same weights, for another thread; None when the model's code may not be shared so."""
+    @property
+    def shareable(self) -> bool:
+        """Whether twins may be used by several threads at a time."""
+
+    def twin(self) -> Decoder:
+        """Another decoder over the same weights, with rows of its own."""
 
 
 class _BlockLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -146,28 +153,29 @@ class ModuleDecoder:
             use_cache=True,
             logits_to_keep=keep,
         )
-        if self._cache is None:
-            keys, values = made.layers[0].keys, made.layers[0].values
-            heads = int(self.model.config.get_text_config().num_attention_heads)
-            self._cache = BlockCache(
-                len(made.layers),
-                heads,
-                keys.shape[1],
-                keys.shape[3],
-                values.shape[3],
-                keys.dtype,
-                keys.device,
-            )
-            layers = [_BlockLayer(self._cache, i) for i in range(len(made.layers))]
-            self._adapter = Cache(layers=layers)
-        slots = self._cache.admit(lengths, copies)
+        self._open(len(made.layers), made.layers[0].keys[0], made.layers[0].values[0])
+        slots = self.cache.admit(lengths, copies)
         for index, layer in enumerate(made.layers):
             for slot, length, keys, values in zip(slots, lengths, layer.keys, layer.values, strict=True):
-                self._cache.put_prompt(index, slot, 0, keys[:, :length], values[:, :length])
+                self.cache.put_prompt(index, slot, 0, keys[:, :length], values[:, :length])
         logits: torch.Tensor = out.logits[
             torch.arange(len(prompts), device=self.device), torch.searchsorted(keep, last)
         ]
         return logits
+
+    @torch.inference_mode()
+    def admit_read(self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], copies: Sequence[int]) -> None:
+        """See `Decoder.admit_read`."""
+        self._open(keys[0].shape[0], keys[0][0], values[0][0])
+        self.cache.admit_read(keys, values, copies)
+
+    def _open(self, layers: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Have a cache for keys and values like these [kv_heads, length, d]."""
+        if self._cache is None:
+            heads = int(self.model.config.get_text_config().num_attention_heads)
+            widths = keys.shape[2], values.shape[2]
+            self._cache = BlockCache(layers, heads, keys.shape[0], *widths, keys.dtype, keys.device)
+            self._adapter = Cache(layers=[_BlockLayer(self._cache, i) for i in range(layers)])
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -193,6 +201,9 @@ class ModuleDecoder:
         self._cache = None
         self._adapter = None
 
-    def twin(self) -> Decoder | None:
-        """See `Decoder.twin`: nobody promises that a model's own forward may run twice at a time."""
-        return None
+    shareable = False
+    """Nobody promises that a model's own forward may run twice at a time."""
+
+    def twin(self) -> ModuleDecoder:
+        """See `Decoder.twin`."""
+        return ModuleDecoder(self.model, self.pad_token_id)

@@ -22,6 +22,17 @@ CACHE_SHARE = 0.25
 """Share of the total memory that the cache may take when `generate.memory_gb` is auto."""
 
 
+def num_positions(memory_gb: float | str, bytes_per_position: int, device: str) -> int:
+    """Tokens of one row for which the cache has memory, at least 1."""
+    memory = total_memory(device) * CACHE_SHARE if memory_gb == "auto" else float(memory_gb) * 2**30
+    return max(int(memory // max(bytes_per_position, 1)), 1)
+
+
+def prefill_tokens(device: str) -> int:
+    """Tokens of prompts that are run together."""
+    return PREFILL_TOKENS_CUDA if device.startswith("cuda") else PREFILL_TOKENS_CPU
+
+
 def make_plan(
     requests: Sequence[Request],
     decoding: Decoding,
@@ -32,10 +43,12 @@ def make_plan(
     device: str,
     threads: int,
     shareable: bool,
+    kept_tokens: int,
+    num_kept: int,
 ) -> dict[str, Any]:
-    """See the module's docstring. `bytes_per_position` is what one token of one row takes in the cache."""
-    memory = total_memory(device) * CACHE_SHARE if memory_gb == "auto" else float(memory_gb) * 2**30
-    positions = max(int(memory // max(bytes_per_position, 1)), 1)
+    """See the module's docstring. `bytes_per_position` is what one token of one row takes in the cache; prompts of `kept_tokens` tokens
+    stay in it from shard to shard, `num_kept` of them in this one."""
+    positions = max(num_positions(memory_gb, bytes_per_position, device) - kept_tokens, 1)
     cuda = device.startswith("cuda")
     num_samples = sum(len(request.seeds) for request in requests)
     # one thread a stream: small operations need no barrier, and a busy core slows only its own stream
@@ -47,9 +60,10 @@ def make_plan(
     return {
         "max_rows": rows,
         "cache_tokens_per_row": max(positions // rows, longest if rows == 1 else 1),
-        "prefill_tokens": PREFILL_TOKENS_CUDA if cuda else PREFILL_TOKENS_CPU,
+        "prefill_tokens": prefill_tokens(device),
         "admit_rows": max(1, rows // 8),
         "streams": min(streams, rows),
         "order": "longest_prompt_first",
+        "kept_prompts": num_kept,
         "threads": threads,
     }

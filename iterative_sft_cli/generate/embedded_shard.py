@@ -14,15 +14,13 @@ import torch
 
 from iterative_sft_cli.generate.base import no_heartbeat
 from iterative_sft_cli.generate.embedded_module import Decoder
+from iterative_sft_cli.generate.embedded_prompts import KeptPrompts, ReadPrompt, common_prefix
 from iterative_sft_cli.generate.embedded_sampling import Sampler
 from iterative_sft_cli.generate.stops import StopWatch
 from iterative_sft_cli.types import EOS, LENGTH, PROMPT_TOO_LONG, STOP, Completion, Decoding, Request
 
 HEAD_ROWS = 64
 """Logits are made and sampled for so many rows at a time, so that they stay in the processor's cache."""
-
-LEAST_PREFIX = 8
-"""Prompts that begin alike for at least so many tokens (a system prompt, examples) share the work for them."""
 SLACK = 64
 """Positions that every row must be able to grow by when another one is admitted, so that it is not sent back at once."""
 
@@ -66,20 +64,11 @@ def schedule(requests: Sequence[Request], max_rows: int) -> list[Piece]:
     return pieces
 
 
-def common_prefix(prompts: Sequence[tuple[int, ...]]) -> list[int]:
-    """The tokens that all prompts begin with, leaving at least one to each."""
-    if not prompts:
-        return []
-    first, last = min(prompts), max(prompts)
-    room = min(map(len, prompts)) - 1
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return list(first[: min(same, room)])
-
-
 class Shard:
     """Runs a shard, or one of `streams` equal shares of it, over a decoder.
 
-    `budget` is how many positions the cache may hold; `heartbeat` is called after every step with the tokens it made.
+    `budget` is how many positions the cache may hold; `heartbeat` is called after every step with the tokens it made. `kept` has
+    prompts that are read once for several shards.
     """
 
     def __init__(
@@ -91,8 +80,11 @@ class Shard:
         context_length: int,
         decode_text: Callable[[Sequence[int]], str],
         streams: int = 1,
+        kept: KeptPrompts | None = None,
     ) -> None:
         self.decoder = decoder
+        self.kept = kept
+        self._reader = decoder.twin() if kept is not None else None
         self.decoding = decoding
         self.max_rows = max(int(plan["max_rows"]) // streams, 1)
         self.budget = self.max_rows * int(plan["cache_tokens_per_row"])
@@ -118,8 +110,9 @@ class Shard:
                 waiting.append((request, samples))
         waiting.reverse()
         try:
-            prefix = common_prefix([request.prompt_ids for request, _ in waiting])
-            if len(waiting) > 1 and len(prefix) >= LEAST_PREFIX:
+            prompts = [request.prompt_ids for request, _ in waiting]
+            to_run = [prompt for prompt in prompts if self.kept is None or prompt not in self.kept]
+            if to_run and (prefix := common_prefix(prompts)):
                 self.decoder.share(prefix)
             while waiting or self.rows or self.preempted:
                 if self.preempted or waiting:
@@ -131,21 +124,22 @@ class Shard:
             self.rows = []
 
     def _admit(self, waiting: list[Piece]) -> Iterator[Completion]:
-        """Prefill what fits, once enough rows are free."""
+        """Take in what fits, once enough rows are free; what is not read yet is run."""
         free = self.max_rows - len(self.rows)
         if self.rows and free < min(self.admit_rows, self.max_rows):
             return
-        batch: list[tuple[list[int], list[Row]]] = []
+        batch: list[tuple[Sequence[int], list[Row]]] = []
         tokens, num_new = 0, 0
         held = self.decoder.cache.held() if self.rows else 0
         while self.preempted or waiting:
             if self.preempted:
                 row = self.preempted[-1]
-                prompt, num = [*row.request.prompt_ids, *row.ids[:-1]], 1
+                prompt, num = (*row.request.prompt_ids, *row.ids[:-1]), 1
             else:
                 request, samples = waiting[-1]
-                prompt, num = list(request.prompt_ids), len(samples)
+                prompt, num = request.prompt_ids, len(samples)
             total = len(self.rows) + num_new + num
+            # as many of prompts that are kept: what a step holds must not depend on what was read before
             if total > self.max_rows or (batch and tokens + len(prompt) > self.prefill_tokens):
                 break
             if held + tokens + len(prompt) + (num_new + num) * SLACK > self.budget and (self.rows or batch):
@@ -156,17 +150,36 @@ class Shard:
                 waiting.pop()
                 batch.append((prompt, [self._row(request, k) for k in samples]))
             tokens, num_new = tokens + len(prompt), num_new + num
-        if not batch:
-            return
-        features = self.decoder.admit([prompt for prompt, _ in batch], [len(rows) for _, rows in batch])
-        prompt_of_row = [i for i, (_, rows) in enumerate(batch) for _ in rows]
+        if batch:
+            yield from self._begin(batch)
+
+    def _begin(self, batch: Sequence[tuple[Sequence[int], list[Row]]]) -> Iterator[Completion]:
+        """The first token of each row, after prompts that were kept, then after those that are run now."""
+        known = [(self._known(prompt), rows) for prompt, rows in batch]
+        read = [(prompt, rows) for prompt, rows in known if prompt is not None]
+        fresh = [one for one, (prompt, _) in zip(batch, known, strict=True) if prompt is None]
+        features = [prompt.features for prompt, _ in read]
+        if read:
+            keys, values = [prompt.keys for prompt, _ in read], [prompt.values for prompt, _ in read]
+            self.decoder.admit_read(keys, values, [len(rows) for _, rows in read])
+        if fresh:
+            features += self.decoder.admit([prompt for prompt, _ in fresh], [len(rows) for _, rows in fresh])
         start = len(self.rows)
-        self.rows.extend(row for _, rows in batch for row in rows)
+        groups = [*(rows for _, rows in read), *(rows for _, rows in fresh)]
+        prompt_of_row = [i for i, rows in enumerate(groups) for _ in rows]
+        self.rows.extend(row for rows in groups for row in rows)
         # a row that was sent back has its next token already
-        fresh = [i for i in range(len(prompt_of_row)) if not self.rows[start + i].ids]
-        self._draw([start + i for i in fresh], features, [prompt_of_row[i] for i in fresh])
-        self.heartbeat(len(fresh))
-        yield from self._retire([start + i for i in fresh])
+        new = [i for i in range(len(prompt_of_row)) if not self.rows[start + i].ids]
+        self._draw([start + i for i in new], torch.stack(features), [prompt_of_row[i] for i in new])
+        self.heartbeat(len(new))
+        yield from self._retire([start + i for i in new])
+
+    def _known(self, prompt: Sequence[int]) -> ReadPrompt | None:
+        """What is kept of a prompt, read now where it is not yet."""
+        ids = tuple(prompt)
+        if self.kept is None or self._reader is None or ids not in self.kept:
+            return None
+        return self.kept.read(ids, self._reader)
 
     def _row(self, request: Request, k: int) -> Row:
         limit = min(self.decoding.max_new_tokens, self.context_length - len(request.prompt_ids))

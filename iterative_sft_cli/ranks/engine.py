@@ -59,6 +59,7 @@ class RankedEngine:
         self._posted = self._taken = 0
         self._open = self._exhausted = False
         self._mine: tuple[Job, Iterator[Completion]] | None = None
+        self._keeps = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._local, name)
@@ -80,6 +81,14 @@ class RankedEngine:
     def plan(self, requests: Sequence[Request], decoding: Decoding) -> dict[str, Any]:
         """The batch shape of a shard, as one process would choose it."""
         return self._local.plan(requests, decoding)
+
+    def keep_prompts(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """Have every rank keep the prompts that this one has memory for: what is read together is the same everywhere."""
+        keep = getattr(self._local, "keep_prompts", None)
+        if keep is not None and (prompts or self._keeps):
+            kept = keep(prompts)
+            self._keeps = bool(kept)
+            self._link.command("keep_prompts", prompts=kept)
 
     def announce(self, shards: Iterable[Shard], judging: Judging | None = None) -> None:
         """The shards that will be asked for next, in that order, read as they are needed; and how they are judged elsewhere."""

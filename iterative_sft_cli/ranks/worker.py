@@ -180,6 +180,11 @@ class Worker:
         if self.engine is not None:
             self.engine.end()
 
+    def do_keep_prompts(self, command: dict[str, Any], part: Any) -> None:
+        """Keep what is read of these prompts for all shards to come."""
+        if self.engine is not None:
+            self.engine.keep_prompts([tuple(prompt) for prompt in command["prompts"]])
+
     def do_generate(self, command: dict[str, Any], part: Any) -> None:
         """Make shards until none is left."""
         number = command["number"]

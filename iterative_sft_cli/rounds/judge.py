@@ -6,7 +6,6 @@ What is drawn in which wave is `waves.py`'s decision; it depends on sealed verdi
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import count
@@ -19,7 +18,7 @@ from iterative_sft_cli.rounds.hints import FIRST_HINTED, hinted_prompt, second_t
 from iterative_sft_cli.rounds.sampling import generate_shard, make_request, seeds_of
 from iterative_sft_cli.rounds.stages import RoundLog, Stages
 from iterative_sft_cli.rounds.verdicts import Judges, Piece
-from iterative_sft_cli.rounds.waves import Draw, Waves, into_units, owners_of, plan_waves
+from iterative_sft_cli.rounds.waves import Draw, Passed, Waves, into_units, owners_of, plan_waves
 from iterative_sft_cli.rounds.weights import Source
 from iterative_sft_cli.rounds.whole import JudgedRound, find_surplus
 from iterative_sft_cli.samples import (
@@ -89,14 +88,16 @@ class RoundJudge:
             self.judges,
             stages.view.phase("generate", self.round_index, total, "samples") as self._phase,
         ):
+            self._keep_prompts()
             accepted = self._draw_waves()
+            self.stages.keep_prompts(())
             if self.config.rationalize is not None:
                 self._draw_second_tries(accepted)
         stages.run.telemetry.append(
             {"event": "generate", "round": self.round_index, "seconds": time.monotonic() - start}
         )
         start = time.monotonic()
-        self._judge_whole(accepted)
+        self._judge_whole()
         for name in self.shards.names(self.round_index, VERDICTS):
             found = self.shards.read(self.round_index, name)
             self.log("judged", shard=name, num_samples=len(found[0]) if found else 0)
@@ -104,26 +105,32 @@ class RoundJudge:
             {"event": "filters", "round": self.round_index, "seconds": time.monotonic() - start}
         )
 
+    def _keep_prompts(self) -> None:
+        """Prompts that waves come back to are read once, unless the weights change hands in between."""
+        stays = len(self.sources) == 1 and not self.chain.needs_device
+        kept = self.prompts if self.waves.returns and stays else ()
+        self.stages.keep_prompts([self._prompt_ids(prompt) for prompt in kept])
+
     # --- drawing ------------------------------------------------------------------------------------------------------
 
     def _draw_waves(self) -> dict[str, int]:
-        """Samples that passed, by prompt id; prompts that were asked stand in it with 0."""
-        judged: list[list[Future[Counter[str]]]] = []
+        """How many samples passed, by prompt id; prompts that were asked stand in it with 0."""
+        judged: list[list[Future[Passed]]] = []
         asked: dict[str, int] = {}
         for wave in count():
-            known = _sum(judged[: self.waves.waits_for(wave)])
+            known = _joined(judged[: self.waves.waits_for(wave)])
             draws = self.waves.plan(wave, known)
             if draws is None:
                 break
             asked |= {draw.prompt.prompt_id: 0 for draw in draws}
             judged.append(self._draw(draws))
-        return {**asked, **_sum(judged)}
+        return {**asked, **{key: len(indices) for key, indices in _joined(judged).items()}}
 
-    def _draw(self, draws: Sequence[Draw]) -> list[Future[Counter[str]]]:
+    def _draw(self, draws: Sequence[Draw]) -> list[Future[Passed]]:
         """Generate a wave, source by source so that weights change hands seldom; judge each unit when its last source is through."""
         units = list(into_units(draws))
         pieces: list[list[Piece]] = [[] for _ in units]
-        judging: list[Future[Counter[str]]] = []
+        judging: list[Future[Passed]] = []
         for place, source in enumerate(self.sources):
             last = place == len(self.sources) - 1
             asked = self._left(self._asked(units, place), f"{GENERATED}-", self._number)
@@ -164,18 +171,21 @@ class RoundJudge:
 
     def _request(self, draw: Draw, place: int) -> Request:
         prompt = draw.prompt
-        if prompt.prompt_id not in self._ids:
-            self._ids[prompt.prompt_id] = tuple(self.stages.encoder.encode_prompt(prompt.prompt))
         drawn = range(draw.first, draw.first + draw.count)
         owners = owners_of([source.share for source in self.sources], drawn.stop)
         return make_request(
             prompt,
-            self._ids[prompt.prompt_id],
+            self._prompt_ids(prompt),
             [index for index in drawn if owners[index] == place],
             seed=self.config.seed,
             purpose="generate",
             round_index=self.round_index,
         )
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if prompt.prompt_id not in self._ids:
+            self._ids[prompt.prompt_id] = tuple(self.stages.encoder.encode_prompt(prompt.prompt))
+        return self._ids[prompt.prompt_id]
 
     def _generate(
         self,
@@ -280,11 +290,11 @@ class RoundJudge:
         for done in judging:
             done.result()
 
-    def _judge_whole(self, accepted: Mapping[str, int]) -> None:
+    def _judge_whole(self) -> None:
         """What needs the whole round: the filters from the first `samples` filter on, or what is more than was asked for."""
         if self.shards.read(self.round_index, ROUND_VERDICTS) is not None:
             return
-        each, total = self.waves.limits(accepted)
+        each, total = self.waves.limits()
         if self.chain.has_round_part:
             said = self.chain.finish_round(JudgedRound(self.stages, self.by_id, self.round_index))
         elif each is not None or total is not None:
@@ -299,9 +309,11 @@ def _nothing(sample: Sample) -> None:
     """Takes a sample that is judged later."""
 
 
-def _sum(waves: Sequence[Sequence[Future[Counter[str]]]]) -> Counter[str]:
-    total: Counter[str] = Counter()
+def _joined(waves: Sequence[Sequence[Future[Passed]]]) -> dict[str, list[int]]:
+    """What passed over all waves."""
+    total: dict[str, list[int]] = {}
     for wave in waves:
         for done in wave:
-            total.update(done.result())
+            for prompt_id, indices in done.result().items():
+                total.setdefault(prompt_id, []).extend(indices)
     return total

@@ -90,6 +90,12 @@ class Stages:
         if announce is not None:
             announce(shards, judging)
 
+    def keep_prompts(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """Tell an engine that can keep what it has read that the round's shards will come back to these prompts."""
+        keep = getattr(self.engine, "keep_prompts", None)
+        if keep is not None:
+            keep(prompts)
+
     def open_shard(self, chain: FilterChain, earlier: Sequence[Judged] = ()) -> Shard:
         """A shard of `chain` that takes what was judged where it was made."""
         return chain.open_shard(earlier, getattr(self.engine, "elsewhere", None))

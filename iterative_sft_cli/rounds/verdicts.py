@@ -6,7 +6,6 @@ and never judged again.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from iterative_sft_cli.filters import FilterChain, Judged
 from iterative_sft_cli.rounds.stages import Stages
+from iterative_sft_cli.rounds.waves import Passed
 from iterative_sft_cli.samples import GENERATED, VERDICTS, read_generated
 from iterative_sft_cli.types import Prompt, Sample
 
@@ -42,7 +42,7 @@ class Judges:
         self.remember = remember
         self.shards = stages.run.shards
         self._history: dict[str, list[Judged]] = {}
-        self._judging: list[Future[Counter[str]]] = []
+        self._judging: list[Future[Passed]] = []
         self._thread = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Judges:
@@ -51,17 +51,15 @@ class Judges:
     def __exit__(self, *exc: object) -> None:
         self._thread.shutdown()
 
-    def later(self, pieces: list[Piece], stream: Any, *, hinted: bool = False) -> Future[Counter[str]]:
-        """Judge a unit after those before it; at most two units wait. Gives how many samples of each prompt passed."""
+    def later(self, pieces: list[Piece], stream: Any, *, hinted: bool = False) -> Future[Passed]:
+        """Judge a unit after those before it; at most two units wait. Gives which samples of each prompt passed."""
         if len(self._judging) >= 2:
             self._judging[-2].result()
         before = self._judging[-1] if self._judging else None
         self._judging.append(self._thread.submit(self._judge_after, before, pieces, stream, hinted))
         return self._judging[-1]
 
-    def _judge_after(
-        self, before: Future[Counter[str]] | None, pieces: list[Piece], stream: Any, hinted: bool
-    ) -> Counter[str]:
+    def _judge_after(self, before: Future[Passed] | None, pieces: list[Piece], stream: Any, hinted: bool) -> Passed:
         # a unit after one that failed would be judged without its verdicts
         if before is not None and before.exception() is not None:
             raise before.exception() or AssertionError
@@ -69,8 +67,8 @@ class Judges:
         pieces.clear()  # their samples are sealed: a round of any size holds those of a few units
         return passed
 
-    def _judge(self, pieces: Sequence[Piece], stream: Any, hinted: bool) -> Counter[str]:
-        """Seal the verdicts of a unit; how many samples of each prompt passed."""
+    def _judge(self, pieces: Sequence[Piece], stream: Any, hinted: bool) -> Passed:
+        """Seal the verdicts of a unit; which samples of each prompt passed."""
         if all(piece.verdicts is not None for piece in pieces):
             judged = [
                 Judged.from_rows(sample, row["says"], row["kept"])
@@ -82,7 +80,11 @@ class Judges:
         if self.remember and not hinted:
             for one in judged:
                 self._history.setdefault(one.sample.prompt_id, []).append(one)
-        return Counter(one.sample.prompt_id for one in judged if one.kept)
+        passed: dict[str, list[int]] = {}
+        for one in judged:
+            if one.kept:
+                passed.setdefault(one.sample.prompt_id, []).append(one.sample.sample_index)
+        return passed
 
     def _judge_now(self, pieces: Sequence[Piece], stream: Any, hinted: bool) -> list[Judged]:
         made = {piece.name: self._samples_of(piece) for piece in pieces}

@@ -14,7 +14,10 @@ from iterative_sft_cli.rounds.sampling import SHARD_ROWS, into_groups
 from iterative_sft_cli.types import Prompt
 
 SMALLEST = 16
-"""The first wave has at least this part of the samples that a prompt may get."""
+"""A wave has at least this part of the samples that a prompt may get: a round has at most so many."""
+
+Passed = Mapping[str, Sequence[int]]
+"""Prompt ids to the indices of the samples that passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +34,23 @@ class Waves(Protocol):
 
     adaptive: bool
     """Whether later waves look at verdicts."""
+    returns: bool
+    """Whether later waves come back to the prompts of earlier ones."""
 
     def waits_for(self, wave: int) -> int:
         """How many waves' verdicts must be known before wave `wave` (counted from 0) can be planned."""
 
-    def plan(self, wave: int, accepted: Mapping[str, int]) -> list[Draw] | None:
-        """The draws of wave `wave`, asked in order; None when the round is done. `accepted`: prompt ids to the samples that passed, over the
-        first `waits_for(wave)` waves."""
+    def plan(self, wave: int, passed: Passed) -> list[Draw] | None:
+        """The draws of wave `wave`, asked in order; None when the round is done. `passed` is known of the first `waits_for(wave)` waves."""
 
-    def limits(self, accepted: Mapping[str, int]) -> tuple[Mapping[str, int] | None, int | None]:
+    def limits(self) -> tuple[Mapping[str, int] | None, int | None]:
         """(most accepted samples of each prompt, most of the round), None for no limit."""
 
 
 class OneWave:
     """Every prompt gets the same number of samples."""
 
-    adaptive = False
+    adaptive = returns = False
 
     def __init__(self, prompts: Sequence[Prompt], num_samples: int) -> None:
         self._draws = [Draw(prompt, 0, num_samples) for prompt in prompts]
@@ -55,58 +59,60 @@ class OneWave:
         """Nothing."""
         return 0
 
-    def plan(self, wave: int, accepted: Mapping[str, int]) -> list[Draw] | None:
+    def plan(self, wave: int, passed: Passed) -> list[Draw] | None:
         """All draws in wave 0."""
         return self._draws if wave == 0 else None
 
-    def limits(self, accepted: Mapping[str, int]) -> tuple[Mapping[str, int] | None, int | None]:
+    def limits(self) -> tuple[Mapping[str, int] | None, int | None]:
         """None."""
         return None, None
 
 
 def wave_size(wanted: int, most: int) -> int:
-    """Samples a prompt gets in the first wave when `wanted` are to be accepted of at most `most`."""
+    """Samples a prompt gets in a wave when `wanted` are to be accepted of at most `most`."""
     return min(most, max(wanted, math.ceil(most / SMALLEST)))
 
 
-def growth(wave: int) -> int:
-    """By how much wave `wave` (from 0) is larger than the first: 1, 1, 2, 4, 8 ... Fewer prompts are left in each, the hard ones, and
-    small waves leave a machine idle: each reads its prompts again and waits for its longest row."""
-    return 1 << max(wave - 1, 0)
-
-
 class UntilAccepted:
-    """Waves of sizes that the config fixes, for the prompts that have not `wanted` accepted samples yet, at most `most` samples each.
+    """Waves of one size for the prompts that have not `wanted` accepted samples yet, at most `most` samples each.
 
-    Wave w looks at the verdicts up to wave w - 2, so that the filters of one wave run beside the generation of the next.
+    Wave w + 1 looks at the verdicts up to wave w - 1, so that the filters of one wave run beside the generation of the next.
+    The first two look at none and are drawn as one.
     """
 
-    adaptive = True
+    adaptive = returns = True
+    _pair = 0
+    """The number of the two waves that are drawn as one."""
 
-    def __init__(self, prompts: Sequence[Prompt], wanted: int, most: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], wanted: int, most: int, size: int | None = None) -> None:
         self._prompts = prompts
         self._wanted = dict.fromkeys((prompt.prompt_id for prompt in prompts), wanted)
         self._most = most
-        self._size = wave_size(wanted, most)
+        self._size = min(size, most) if size is not None else wave_size(wanted, most)
         self._drawn: dict[str, int] = {}
 
     def waits_for(self, wave: int) -> int:
-        """All waves but the one before."""
-        return max(0, wave - 1)
+        """All waves but the one before; what follows the pair that was drawn as one needs that."""
+        return wave if wave <= self._pair + 1 else wave - 1
 
-    def plan(self, wave: int, accepted: Mapping[str, int]) -> list[Draw] | None:
+    def plan(self, wave: int, passed: Passed) -> list[Draw] | None:
         """A further piece for every prompt that is short of its number."""
+        size = 2 * self._size if wave == self._pair else self._size
         draws = []
-        size = self._size * growth(wave)
         for prompt in self._prompts:
             key = prompt.prompt_id
             first = self._drawn.get(key, 0)
-            if first < self._most and accepted.get(key, 0) < self._wanted[key]:
+            known = sum(index < self._looks_at(first) for index in passed.get(key, ()))
+            if first < self._most and known < self._wanted[key]:
                 draws.append(Draw(prompt, first, min(size, self._most - first)))
                 self._drawn[key] = first + draws[-1].count
         return draws or None
 
-    def limits(self, accepted: Mapping[str, int]) -> tuple[Mapping[str, int] | None, int | None]:
+    def _looks_at(self, drawn: int) -> int:
+        """How many of a prompt's `drawn` samples are looked at: all but those of the wave before."""
+        return drawn - self._size
+
+    def limits(self) -> tuple[Mapping[str, int] | None, int | None]:
         """The wanted number of each prompt."""
         return self._wanted, None
 
@@ -117,31 +123,33 @@ class ByDifficulty(UntilAccepted):
     Source: Tong et al. 2024, "DART-Math", section 3.1; the hardest prompts of the pilot get `wanted`.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], wanted: int, most: int, pilot: int) -> None:
-        super().__init__(prompts, wanted, most)
+    _pair = 1
+
+    def __init__(self, prompts: Sequence[Prompt], wanted: int, most: int, pilot: int, size: int | None = None) -> None:
+        super().__init__(prompts, wanted, most, size)
         self._pilot = min(pilot, most)
         self._hardest = wanted
 
-    def waits_for(self, wave: int) -> int:
-        """The pilot, then all waves but the one before."""
-        return wave if wave <= 1 else wave - 1
-
-    def plan(self, wave: int, accepted: Mapping[str, int]) -> list[Draw] | None:
-        """The pilot first; then a further piece for every prompt that is short of its number."""
+    def plan(self, wave: int, passed: Passed) -> list[Draw] | None:
+        """The pilot first; then, two waves at first, a further piece for every prompt that is short of its number."""
         if wave == 0:
             self._drawn = {prompt.prompt_id: self._pilot for prompt in self._prompts}
             return [Draw(prompt, 0, self._pilot) for prompt in self._prompts]
         if wave == 1:
-            failed = {p.prompt_id: 1.0 - accepted.get(p.prompt_id, 0) / self._pilot for p in self._prompts}
+            failed = {p.prompt_id: 1.0 - len(passed.get(p.prompt_id, ())) / self._pilot for p in self._prompts}
             worst = max(failed.values(), default=0.0) or 1.0
             self._wanted = {key: max(1, math.ceil(self._hardest * f / worst - 1e-9)) for key, f in failed.items()}
-        return super().plan(wave, accepted)
+        return super().plan(wave, passed)
+
+    def _looks_at(self, drawn: int) -> int:
+        """The pilot, and all but the wave before."""
+        return max(self._pilot, drawn - self._size)
 
 
 class UntilTotal:
     """Asks the prompts in order, a fixed number at a time, until enough samples of the round were accepted."""
 
-    adaptive = True
+    adaptive, returns = True, False
 
     def __init__(self, prompts: Sequence[Prompt], num_samples: int, total: int) -> None:
         self._prompts = prompts
@@ -153,14 +161,14 @@ class UntilTotal:
         """All waves but the one before."""
         return max(0, wave - 1)
 
-    def plan(self, wave: int, accepted: Mapping[str, int]) -> list[Draw] | None:
+    def plan(self, wave: int, passed: Passed) -> list[Draw] | None:
         """The next prompts, unless there is enough."""
         piece = self._prompts[wave * self._size : (wave + 1) * self._size]
-        if not piece or sum(accepted.values()) >= self._total:
+        if not piece or sum(map(len, passed.values())) >= self._total:
             return None
         return [Draw(prompt, 0, self._num_samples) for prompt in piece]
 
-    def limits(self, accepted: Mapping[str, int]) -> tuple[Mapping[str, int] | None, int | None]:
+    def limits(self) -> tuple[Mapping[str, int] | None, int | None]:
         """The total."""
         return None, self._total
 
@@ -171,7 +179,7 @@ class ByVariance:
     Source: Yao et al. 2025, "GVM-RAFT", Algorithm 1 and its released code (largest-remainder rounding). The pilot's samples stay in.
     """
 
-    adaptive = True
+    adaptive = returns = True
 
     def __init__(self, prompts: Sequence[Prompt], num_samples: int, pilot: int, alpha: float, beta: float) -> None:
         self._prompts = prompts
@@ -182,20 +190,20 @@ class ByVariance:
         """The pilot."""
         return min(wave, 1)
 
-    def plan(self, wave: int, accepted: Mapping[str, int]) -> list[Draw] | None:
+    def plan(self, wave: int, passed: Passed) -> list[Draw] | None:
         """The pilot, then the allocation."""
         if wave == 0:
             return [Draw(prompt, 0, self._pilot) for prompt in self._prompts]
         if wave > 1:
             return None
-        rates = [accepted.get(prompt.prompt_id, 0) / self._pilot for prompt in self._prompts]
+        rates = [len(passed.get(prompt.prompt_id, ())) / self._pilot for prompt in self._prompts]
         weights = [gvm_weight(rate, self._alpha, self._beta) for rate in rates]
         counts = largest_remainder(weights, self._num_samples * len(self._prompts))
         return [
             Draw(prompt, self._pilot, count) for prompt, count in zip(self._prompts, counts, strict=True) if count
         ] or None
 
-    def limits(self, accepted: Mapping[str, int]) -> tuple[Mapping[str, int] | None, int | None]:
+    def limits(self) -> tuple[Mapping[str, int] | None, int | None]:
         """None."""
         return None, None
 
@@ -224,9 +232,10 @@ def plan_waves(section: Any, prompts: Sequence[Prompt]) -> Waves:
     if section.budget is not None and section.budget.kind == "gvm":
         return ByVariance(prompts, num_samples, section.budget.pilot, section.budget.alpha, section.budget.beta)
     if section.budget is not None:
-        return ByDifficulty(prompts, int(section.until_accepted), num_samples, section.budget.pilot)
+        wanted = int(section.until_accepted)
+        return ByDifficulty(prompts, wanted, num_samples, section.budget.pilot, section.wave_size)
     if section.until_accepted is not None:
-        return UntilAccepted(prompts, int(section.until_accepted), num_samples)
+        return UntilAccepted(prompts, int(section.until_accepted), num_samples, section.wave_size)
     if section.until_total is not None:
         return UntilTotal(prompts, num_samples, int(section.until_total))
     return OneWave(prompts, num_samples)

@@ -99,6 +99,7 @@ IMPOSSIBLE: list[tuple[list[str], str, str]] = [
     ),
     (["train.steps={start: 40, add: -30}"], "train.steps", "-20 is too small in round 3"),
     (["train.epochs={start: 1, factor: 1e300}"], "train.epochs", "in round 3"),
+    (["generate.wave_size=2"], "generate.wave_size", "without until_accepted there are no waves"),
     (["generate.until_accepted=9"], "generate.until_accepted", "9 can never be accepted of 8 samples"),
     (
         ["generate.until_accepted=2", "filters[2]={dedup: {scope: run}}"],

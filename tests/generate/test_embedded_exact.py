@@ -14,7 +14,7 @@ from helpers_generate import engine_of, requests_of, run
 from iterative_sft_cli.generate.embedded_lean import LeanDecoder
 from iterative_sft_cli.generate.embedded_module import ModuleDecoder
 from iterative_sft_cli.generate.embedded_probe import rows_of
-from iterative_sft_cli.generate.embedded_shard import common_prefix
+from iterative_sft_cli.generate.embedded_prompts import common_prefix
 from iterative_sft_cli.types import EOS, LENGTH, Decoding, Request, derive_seed
 
 
@@ -265,8 +265,8 @@ def test_prompts_that_begin_alike(name: str) -> None:
 
 
 def test_common_prefix() -> None:
-    assert common_prefix([]) == []
-    assert common_prefix([(1, 2, 3, 4), (1, 2, 3, 5), (1, 2, 9)]) == [1, 2]
-    assert common_prefix([(1, 2, 3), (1, 2, 3, 4)]) == [1, 2]
-    assert common_prefix([(1, 2, 3)] * 2) == [1, 2]
-    assert common_prefix([(5,), (5, 6)]) == []
+    start = tuple(range(9))
+    assert common_prefix([(*start, 3, 4), (*start, 3, 5), (*start, 9)]) == list(start)
+    assert common_prefix([start, (*start, 4)]) == list(start[:8])
+    assert common_prefix([start] * 2) == list(start[:8])
+    assert common_prefix([start[:8]] * 2) == common_prefix([start]) == common_prefix([]) == []

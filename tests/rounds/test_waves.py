@@ -22,24 +22,24 @@ PROMPTS = [Prompt(name, name) for name in "abcd"]
 
 def play(waves, right, upto=40):
     """Runs waves on a model that is right at the sample indices `right[prompt]`; the draws of each wave, and how many were accepted."""
-    accepted: list[dict[str, int]] = []
+    accepted: list[dict[str, list[int]]] = []
     drawn = []
     for number in range(upto):
-        known: dict[str, int] = {}
+        known: dict[str, list[int]] = {}
         for one in accepted[: waves.waits_for(number)]:
-            for key, count in one.items():
-                known[key] = known.get(key, 0) + count
+            for key, indices in one.items():
+                known[key] = known.get(key, []) + indices
         draws = waves.plan(number, known)
         if draws is None:
             break
         drawn.append({d.prompt.prompt_id: (d.first, d.count) for d in draws})
         accepted.append(
             {
-                d.prompt.prompt_id: sum(i in right[d.prompt.prompt_id] for i in range(d.first, d.first + d.count))
+                d.prompt.prompt_id: [i for i in range(d.first, d.first + d.count) if i in right[d.prompt.prompt_id]]
                 for d in draws
             }
         )
-    total = {p.prompt_id: sum(one.get(p.prompt_id, 0) for one in accepted) for p in PROMPTS}
+    total = {p.prompt_id: sum(len(one.get(p.prompt_id, ())) for one in accepted) for p in PROMPTS}
     return drawn, total
 
 
@@ -51,10 +51,15 @@ def test_one_wave_draws_alike():
 def test_a_prompt_stops_two_waves_after_it_has_enough_and_never_goes_beyond_its_limit():
     right = {"a": {0}, "b": {3}, "c": {}, "d": {0, 1, 2}}
     drawn, _ = play(UntilAccepted(PROMPTS, 1, 6), right)
-    last = {key: max(first for wave in drawn for k, (first, _) in wave.items() if k == key) for key in "abcd"}
-    assert last == {"a": 1, "b": 4, "c": 4, "d": 1}
-    assert drawn[2:] == [{"b": (2, 2), "c": (2, 2)}, {"b": (4, 2), "c": (4, 2)}]
-    assert UntilAccepted(PROMPTS, 1, 6).limits({}) == (dict.fromkeys("abcd", 1), None)
+    assert drawn[0] == dict.fromkeys("abcd", (0, 2))
+    # `a` and `d` were accepted in the first wave; `b` in the fourth, whose verdicts the fifth does not wait for
+    assert drawn[1:] == [{k: (i, 1) for k in "bc"} for i in (2, 3, 4)] + [{"c": (5, 1)}]
+    assert UntilAccepted(PROMPTS, 1, 6).limits() == (dict.fromkeys("abcd", 1), None)
+
+
+def test_what_passed_in_the_second_wave_does_not_stop_the_third():
+    drawn, _ = play(UntilAccepted(PROMPTS[:1], 1, 6), {"a": {1}})
+    assert drawn == [{"a": (0, 2)}, {"a": (2, 1)}]
 
 
 @pytest.mark.parametrize(("wanted", "most", "size"), [(1, 6, 1), (40, 2048, 128), (4, 4, 4), (3, 8, 3), (1, 64, 4)])
@@ -62,37 +67,45 @@ def test_waves_are_as_large_as_what_is_wanted_and_not_many(wanted, most, size):
     assert wave_size(wanted, most) == size
 
 
-def test_waves_grow_as_prompts_leave():
-    drawn, _ = play(UntilAccepted(PROMPTS, 2, 40), {"a": {0, 1}, "b": {0, 5}, "c": {}, "d": {9, 10, 11}})
+def test_every_wave_has_one_size_and_the_first_two_are_drawn_as_one():
+    right = {"a": {0, 1}, "b": {0, 5}, "c": {}, "d": {9, 10, 11}}
+    drawn, _ = play(UntilAccepted(PROMPTS, 2, 20), right)
     assert [{key: count for key, (_, count) in wave.items()} for wave in drawn] == [
-        {"a": 3, "b": 3, "c": 3, "d": 3},
-        {"a": 3, "b": 3, "c": 3, "d": 3},
-        {"b": 6, "c": 6, "d": 6},
-        {"c": 12, "d": 12},
-        {"c": 16},
+        dict.fromkeys("abcd", 4),
+        dict.fromkeys("bcd", 2),
+        dict.fromkeys("bcd", 2),
+        *[dict.fromkeys("cd", 2)] * 3,
+        *[{"c": 2}] * 3,
     ]
+    drawn, _ = play(UntilAccepted(PROMPTS, 2, 20, size=5), right)
+    assert [set(wave.values()) for wave in drawn] == [{(0, 10)}, {(10, 5)}, {(15, 5)}]
 
 
 def test_the_total_stops_further_prompts():
     many = [Prompt(str(i), "") for i in range(20)]
     waves = UntilTotal(many, 2, 8)
-    assert [len(waves.plan(i, {"x": n}) or []) for i, n in enumerate((0, 0, 4))] == [2, 2, 2]
-    assert waves.plan(3, {"x": 8}) is None and waves.plan(10, {}) is None
-    assert waves.limits({}) == (None, 8)
+    assert [len(waves.plan(i, {"x": range(n)}) or []) for i, n in enumerate((0, 0, 4))] == [2, 2, 2]
+    assert waves.plan(3, {"x": range(8)}) is None and waves.plan(10, {}) is None
+    assert waves.limits() == (None, 8)
 
 
 def test_difficulty_gives_the_hardest_prompt_the_whole_number_and_the_easiest_one():
     waves = ByDifficulty(PROMPTS, 12, 100, 4)
-    assert waves.waits_for(0) == 0 and waves.waits_for(1) == 1 and waves.waits_for(3) == 2
+    assert [waves.waits_for(wave) for wave in range(5)] == [0, 1, 2, 2, 3]
     assert [(d.first, d.count) for d in waves.plan(0, {})] == [(0, 4)] * 4
-    waves.plan(1, {"a": 4, "b": 3, "c": 2, "d": 0})
-    assert waves.limits({})[0] == {"a": 1, "b": 3, "c": 6, "d": 12}
+    passed = {"a": range(4), "b": range(3), "c": range(2)}
+    # two waves after the pilot; of `b` and `c` all that is wanted passed in the first of them, of `d` in the second
+    assert [(d.first, d.count) for d in waves.plan(1, passed)] == [(4, 24)] * 2
+    assert waves.limits()[0] == {"a": 1, "b": 3, "c": 6, "d": 12}
+    passed = {"a": range(4), "b": range(3), "c": range(12), "d": range(16, 28)}
+    assert [(d.prompt.prompt_id, d.first, d.count) for d in waves.plan(2, passed)] == [("d", 28, 12)]
 
 
 def test_gvm_splits_as_its_paper_says():
     waves = ByVariance([Prompt(name, "") for name in "abcde"], 1000, 1000, 1e-3, 2.0)
     waves.plan(0, {})
-    draws = waves.plan(1, {"a": 20, "b": 125, "c": 250, "d": 500, "e": 1000})
+    right = {"a": 20, "b": 125, "c": 250, "d": 500, "e": 1000}
+    draws = waves.plan(1, {key: range(number) for key, number in right.items()})
     shares = [d.count / 5000 for d in draws]
     assert shares == pytest.approx([0.346, 0.251, 0.182, 0.129, 0.092], abs=0.001)
     assert sum(d.count for d in draws) == 5000 and all(d.first == 1000 for d in draws)
