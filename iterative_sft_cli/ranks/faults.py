@@ -9,21 +9,25 @@ from typing import Any
 from iterative_sft_cli import errors
 from iterative_sft_cli.errors import DataError
 
+PATIENCE = "ISFT_RANK_PATIENCE_S"
+"""Environment variable: the four numbers of `Patience`, for tests and for hosts that start far apart."""
+
 
 @dataclass(frozen=True, slots=True)
 class Patience:
     """`beat_s`: a rank says that it lives this often. `dead_after_s`: it is given up when it was silent for so long.
-    `join_s`: how long ranks wait for each other at the start. `collective_s`: the time-out of a collective."""
+    `join_s`: how long ranks wait for each other at the start, before any of them loads a model. `collective_s`: the time-out of
+    a collective. All but the last keep the promise that a rank which has gone ends the others within two minutes."""
 
     beat_s: float = 5.0
     dead_after_s: float = 60.0
-    join_s: float = 600.0
+    join_s: float = 110.0
     collective_s: float = 600.0
 
     @classmethod
     def of(cls, environ: Any = os.environ) -> Patience:
-        """The defaults, or what ISFT_RANK_PATIENCE_S (four numbers) says: for tests and slow starts."""
-        text = environ.get("ISFT_RANK_PATIENCE_S", "")
+        """The defaults, or what `PATIENCE` says."""
+        text = environ.get(PATIENCE, "")
         return cls(*(float(part) for part in text.split(","))) if text else cls()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from iterative_sft_cli.errors import IsftError, Preempted
 from iterative_sft_cli.ranks.connect import open_store
-from iterative_sft_cli.ranks.faults import Ended, MeetingFailed, Patience, RankError, failure_of, first_line
+from iterative_sft_cli.ranks.faults import PATIENCE, Ended, MeetingFailed, Patience, RankError, failure_of, first_line
 from iterative_sft_cli.ranks.placement import Placement
 from iterative_sft_cli.ranks.wire import pack, unpack
 
@@ -28,8 +28,6 @@ SURFACE_S = 15.0
 """How long a main thread has to raise what was found before the process is ended from beside it."""
 ABSENT_S = 30.0
 """How long rank 0 stays at its end for ranks that have not come yet: they are to hear how it ended."""
-CONNECT_S = 110.0
-"""How long a rank tries to reach the store: rank 0 opens it first of all, so that one that does not come has died."""
 
 
 class Link:
@@ -67,11 +65,12 @@ class Link:
         place = self.placement
         port = self.port if hasattr(self, "_store") else place.port
         try:
-            return open_store(place.address, port, serve=serve, wait_s=min(self.patience.join_s, CONNECT_S))
+            return open_store(place.address, port, serve=serve, wait_s=self.patience.join_s)
         except (RuntimeError, OSError) as error:
             raise RankError(
                 f"rank {place.rank} cannot reach rank 0's store at {place.address}:{place.port}: {first_line(error)}",
-                hint="is rank 0 running, and does the network let this port through? set MASTER_PORT for another one",
+                hint="is rank 0 running, and does the network let this port through? set MASTER_PORT for another one, "
+                f"and {PATIENCE} to wait longer",
             ) from None
 
     @property
@@ -101,7 +100,7 @@ class Link:
                 raise RankError(
                     f"{_ranks(absent)} of {self.size} did not come within {self.patience.join_s:g} s",
                     hint="look at their output; every host must reach "
-                    f"{self.placement.address}:{self.port} and start the same command",
+                    f"{self.placement.address}:{self.port} and start the same command; {PATIENCE} waits longer",
                 )
             if absent:
                 time.sleep(0.05)

@@ -1,66 +1,31 @@
-"""Ranks as forked processes of one parent that has torch imported, and experiments for them."""
+"""Forked ranks, two hosts, and experiments for them."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-HERE = Path(__file__).resolve().parent
-
-
-class Forks:
-    """Starts ranks in a zygote and waits for them."""
-
-    def __init__(self) -> None:
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
-        environ["PYTHONPATH"] = f"{HERE.parents[1]}{os.pathsep}{environ.get('PYTHONPATH', '')}"
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            environ.pop(name, None)
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "zygote.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environ,
-        )
-        assert self._process.stdout is not None and self._process.stdout.readline() == "ready\n"
-
-    def _ask(self, request: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def start(self, folder: Path, size: int, *argv: str, before: Path | None = None, **env: str) -> list[int]:
-        """The pids of `size` ranks of one `isft` command; what rank r prints is appended to `folder/rank{r}.txt`."""
-        request = {"argv": list(argv), "size": size, "env": env, "folder": str(folder)}
-        return self._ask(request if before is None else {**request, "before": str(before)})
-
-    def wait(self, pids: list[int]) -> list[int]:
-        """Their exit codes, negative for a signal."""
-        return self._ask({"wait": pids})
-
-    def run(self, folder: Path, size: int, *argv: str, **options: Any) -> list[int]:
-        """Start and wait."""
-        return self.wait(self.start(folder, size, *argv, **options))
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+from forking import Forks
+from hosts import Hosts
+from rank_helpers import AGAIN, QUICK, contents, write_tiny
 
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     found = Forks()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def hosts() -> Iterator[Hosts]:
+    """Two hosts for two ranks; skips where namespaces cannot be made."""
+    try:
+        found = Hosts()
+    except OSError as error:
+        pytest.skip(str(error))
     yield found
     found.close()
 
@@ -73,6 +38,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     save_tiny(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(forks: Forks, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, str]:
+    """What two ranks leave of the tiny experiment `AGAIN`."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_tiny(folder, "run", tiny_model, **AGAIN)
+    assert forks.run(folder, 2, "train", str(config), **QUICK) == [0, 0], (folder / "rank0.txt").read_text()
+    return contents(folder / "run")
 
 
 @pytest.fixture

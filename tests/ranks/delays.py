@@ -1,10 +1,16 @@
-"""Run before a rank starts (test_ranks_hard.py): the rank that `LATE` names sleeps for longer than a collective's time-out in one phase."""
+"""Run before a rank starts: the rank that `LATE` names sleeps in one phase, at one of its calls there.
+
+`LATE` is `rank,phase,seconds,call`; the file that `LATE_MARK` names is made as the sleep begins.
+"""
 
 import os
 import time
+from pathlib import Path
 
-late, phase, seconds = os.environ["LATE"].split(",")
+late, phase, seconds, call = os.environ["LATE"].split(",")
 if int(late) == RANK:  # noqa: F821
+    import torch.distributed
+
     from iterative_sft_cli import build
     from iterative_sft_cli.filters import FilterChain
     from iterative_sft_cli.generate.embedded import EmbeddedEngine
@@ -20,14 +26,17 @@ if int(late) == RANK:  # noqa: F821
         "begin": (TorchLearner, "begin"),
         "batches": (TrainCore, "micro_batches"),
         "backward": (TrainCore, "loss_sum"),
+        "reduce": (torch.distributed, "all_reduce"),
         "save": (TorchLearner, "save"),
     }[phase]
     original = getattr(owner, name)
-    slept = []
+    calls = []
 
     def slow(*args, **options):
-        if not slept:
-            slept.append(True)
+        calls.append(True)
+        if len(calls) == int(call):
+            if "LATE_MARK" in os.environ:
+                Path(os.environ["LATE_MARK"]).touch()
             time.sleep(float(seconds))
         return original(*args, **options)
 

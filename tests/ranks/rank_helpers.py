@@ -20,6 +20,9 @@ VOLATILE = {
     "config.yaml",
     "resolved.yaml",
 }
+QUICK = {"ISFT_RANK_PATIENCE_S": "0.5,10,60,60"}
+AGAIN = {"train": {"start_from": "base", "optimizer_state": "fresh"}, "rounds": 2}
+"""Weights are read back after every round, so that every call of the learner is made."""
 LORA = {"model": {"adapter": {"type": "lora", "r": 4, "alpha": 8}}}
 
 

@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-from rank_helpers import LORA, contents, steps, weights_of, write_tiny
-
-QUICK = {"ISFT_RANK_PATIENCE_S": "0.5,10,60,60"}
+from rank_helpers import LORA, QUICK, contents, steps, weights_of, write_tiny
 
 
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])

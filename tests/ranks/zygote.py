@@ -1,7 +1,7 @@
 """Imports torch once and forks ranks on request: `isft` commands under torchrun's environment, for the price of a fork each.
 
-Requests are lines of JSON on stdin, {"argv", "size", "env", "folder"}; the answer names the pids. {"wait": [pids]} answers their exit
-statuses.
+Requests are lines of JSON on stdin, {"argv", "size", "ranks", "env", "folder"}; the answer names the pids. {"wait": [pids]} answers
+their exit statuses.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            answer = [fork_rank(request, rank, port) for rank in range(request["size"])]
+            answer = [fork_rank(request, rank, port) for rank in request["ranks"]]
         print(json.dumps(answer), flush=True)
 
 
