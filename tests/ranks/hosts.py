@@ -19,6 +19,8 @@ DEVICES = ("isft-va", "isft-vb")
 NOBODY = "02:00:00:00:00:99"
 CUTS = ("unplugged", "to rank 0 lost", "from rank 0 lost")
 """Unplugged: no carrier on one side, no route on the other. Lost: packets in one direction go to a host that is not there."""
+NAMED = ("unshare", "--uts", "sh", "-c", 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"')
+"""The command before this one's next word and a command: runs it on a host of that name."""
 GIVEN_UP_S = 150
 """A rank that has not ended after so long is killed; the test sees -9."""
 
@@ -55,7 +57,7 @@ class Hosts:
             for one in (device, "lo"):
                 if not ip("-n", name, "link", "set", one, "up"):
                     raise OSError(f"{one} of {name} does not come up")
-        self._forks = [Forks("ip", "netns", "exec", name) for name in self.names]
+        self._forks = [Forks("ip", "netns", "exec", name, *NAMED, name) for name in self.names]
 
     def close(self) -> None:
         """End the zygotes and remove the namespaces."""
