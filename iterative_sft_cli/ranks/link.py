@@ -295,8 +295,7 @@ class Link:
                     failed_at = time.monotonic()
                     continue
                 if time.monotonic() - failed_at > SURFACE_S:
-                    self.on_stuck(self._failure or RankError("a rank has gone"))
-                    os._exit(4)
+                    self._end_from_beside()
                 continue
             try:
                 number += 1
@@ -325,8 +324,15 @@ class Link:
                     hint="rank 0 has died or the network is cut; run the same command again",
                 )
                 if not self._surfaced.wait(SURFACE_S) and not self._closing.is_set():
-                    self.on_stuck(self._failure)
-                    os._exit(4)
+                    self._end_from_beside()
+
+    def _end_from_beside(self) -> None:
+        """End the process of a main thread that cannot raise what was found."""
+        if isinstance(self._failure, Ended):
+            # all is well: the network was cut after this had been heard
+            os._exit(self._failure.code)
+        self.on_stuck(self._failure or RankError("a rank has gone"))
+        os._exit(4)
 
     def _look(self, beats: dict[int, tuple[bytes, float]], number: int) -> None:
         store, now = self._watch_store, time.monotonic()

@@ -117,6 +117,22 @@ def test_a_config_error_ends_every_rank_with_its_code(forks, tmp_path, said):
     assert time.monotonic() - start < 60
 
 
+def test_a_rank_that_cannot_say_that_it_has_heard_of_the_end_ends_with_its_code(forks, tmp_path, said):
+    """Its main thread waits for an answer over a network that was cut when the end had been told."""
+    stuck = tmp_path / "stuck.py"
+    stuck.write_text(
+        "import time\n"
+        "from iterative_sft_cli.ranks import link\n"
+        "link.SURFACE_S = 1.0\n"
+        "if RANK:\n"
+        "    link.Link.join = lambda self: time.sleep(600)\n"
+    )
+    config = write_toy_many(tmp_path, "run")
+    config.write_text(config.read_text().replace("rounds: 2", "rounds: two"))
+    assert forks.run(tmp_path, 2, "train", str(config), before=stuck, **QUICK) == [2, 2]
+    assert said(1) == ""
+
+
 def test_a_filter_that_fails_on_rank_0_ends_every_rank(forks, tmp_path, said):
     (tmp_path / "bad.py").write_text("def bad(sample):\n    raise ValueError('no')\n")
     config = write_toy_many(tmp_path, "run", filters=["finished", "bad.py:bad"])
