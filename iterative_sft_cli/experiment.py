@@ -87,6 +87,10 @@ def run_experiment(
         say_last_lines(view, path, loaded)
         return Outcome(EXIT_OK, "complete", path, after)
     check_trackers(loaded.config.tracking)
+    if ranks is not None:
+        from iterative_sft_cli.ranks.placement import check_launcher
+
+        check_launcher(loaded.config.train.parallel.type)
     prompts, eval_prompts = read_prompts(loaded, view)
     last_code = found.outcome.get("code") if found is not None and found.outcome else None
     run, drift = open_run(path, loaded, found, allow_change)

@@ -61,6 +61,8 @@ class Memory:
     checkpoint: float
     state: float
     read: float
+    served: float
+    """What each vLLM server reads; 0 where isft starts none."""
 
     @property
     def peak(self) -> float:
@@ -141,18 +143,19 @@ def estimate(
         "optimizer": 0.0 if off else moments * trained / cut,
         "cache": min(allowed, samples * longest * cache),
     }
+    serves = generate.engine == "vllm" and generate.vllm is not None and not generate.vllm.base_urls
     if generate.engine != "transformers":
         del generating["cache"]
         generating["weights"] = live
-        own = generate.engine == "vllm" and generate.vllm is not None and not generate.vllm.base_urls
-        if own:
+        if serves:
             generating["servers"] = low * total / int(generate.vllm.tensor_parallel_size) + min(
                 allowed, SHARE * device_bytes
             )
     saved = shape.stored * total if adapter is None else 4.0 * trained
     keeps = train.start_from == "previous"
     reads = 0.0 if keeps else float(shape.stored * total if adapter is None else 4.0 * trained)
-    return Memory(training, generating, saved, 12.0 * trained if keeps else 0.0, reads)
+    served = float(saved) if serves else 0.0
+    return Memory(training, generating, saved, 12.0 * trained if keeps else 0.0, reads, served)
 
 
 def activation_bytes(shape: Shape, low: int, longest: int, checkpointing: bool, gpu: bool) -> float:
@@ -193,6 +196,7 @@ def describe_memory(
         "checkpoint_bytes": found.checkpoint,
         "state_bytes": found.state,
         "read_bytes": found.read,
+        "served_bytes": found.served,
     }
 
 
@@ -228,6 +232,8 @@ def render_memory(found: Mapping[str, Any] | None) -> list[str]:
         named = ", ".join(f"{key} {value / GB:.1f}" for key, value in parts.items() if value >= 0.05 * GB)
         lines.append(f"  {phase:<9} {sum(parts.values()) / GB:.1f} GB: {named}")
     reads = f"{found['read_bytes'] / GB:.2f} GB of weights" if found["read_bytes"] else "no weights"
+    if found["served_bytes"]:
+        reads += f" in the trainer, {found['served_bytes'] / GB:.2f} GB in each vLLM server"
     saved = f"{found['checkpoint_bytes'] / GB:.2f} GB" + (
         f" and {found['state_bytes'] / GB:.2f} GB of state" if found["state_bytes"] else ""
     )

@@ -70,6 +70,26 @@ def find_placement(environ: Mapping[str, str] = os.environ) -> Placement | None:
     return None
 
 
+def check_launcher(parallel: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Raises ConfigError when accelerate was told another strategy than `parallel`, which is what `train.parallel` says."""
+    said = [
+        name for name in ("FSDP", "DEEPSPEED") if environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
+    ]
+    if "DEEPSPEED" in said:
+        raise ConfigError(
+            "accelerate was told to use DeepSpeed, whose checkpoints are pickles",
+            where="environment",
+            expected="accelerate's MULTI_GPU or FSDP",
+            hint="train.parallel: fsdp2 cuts what its ZeRO-3 cuts; launch with --use_fsdp or --multi_gpu",
+        )
+    if "FSDP" in said and parallel != "fsdp2":
+        raise ConfigError(
+            f"accelerate was told to use FSDP, and train.parallel is {parallel}, a whole copy on each process",
+            where="environment",
+            hint="set train.parallel: fsdp2, or launch with --multi_gpu",
+        )
+
+
 def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
     text = environ.get(name) or default
     if text is None or re.fullmatch(r"[0-9]{1,12}", text) is None:

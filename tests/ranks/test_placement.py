@@ -4,7 +4,7 @@ import pytest
 
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.ranks.lead import choose_placement
-from iterative_sft_cli.ranks.placement import find_placement, first_host, interface_towards
+from iterative_sft_cli.ranks.placement import check_launcher, find_placement, first_host, interface_towards
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SRUN = {
@@ -60,6 +60,17 @@ def test_a_process_that_nobody_started_as_one_of_several_is_alone(environ):
 def test_an_environment_that_is_not_whole_is_said(environ, word):
     with pytest.raises(ConfigError, match=word.replace("(", r"\(").replace("$", r"\$")):
         find_placement(environ)
+
+
+def test_accelerate_and_the_config_name_one_strategy():
+    check_launcher("auto", {})
+    check_launcher("fsdp2", {"ACCELERATE_USE_FSDP": "true"})
+    check_launcher("ddp", {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "false"})
+    for parallel in ("auto", "ddp"):
+        with pytest.raises(ConfigError, match=f"train.parallel is {parallel}"):
+            check_launcher(parallel, {"ACCELERATE_USE_FSDP": "true"})
+    with pytest.raises(ConfigError, match="DeepSpeed"):
+        check_launcher("fsdp2", {"ACCELERATE_USE_DEEPSPEED": "true"})
 
 
 def test_first_host():

@@ -93,29 +93,53 @@ def test_kills_at_random_instants(forks, tmp_path, tiny_model, undisturbed, said
     print(f"{finished} runs killed, the other rank ended within {longest:.1f} s")
 
 
+SHIPPED = HERE.parents[1] / "configs" / "accelerate"
+ACCELERATE = ["accelerate.commands.launch"]
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     "accelerate": [
-        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *(*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
     ],
+    "accelerate-ddp": [*ACCELERATE, "--config_file", str(SHIPPED / "ddp.yaml")],
+    "accelerate-fsdp2": [*ACCELERATE, "--config_file", str(SHIPPED / "fsdp2.yaml")],
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_real_launchers(tmp_path, tiny_model, undisturbed, launcher):
-    config = write_tiny(tmp_path, "run", tiny_model, **AGAIN)
+def launch(folder, launcher, config):
     environ = {
         **os.environ,
         **QUICK,
-        "HF_HOME": str(tmp_path),
+        "HF_HOME": str(folder),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(HERE.parents[1]),
     }
     command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "iterative_sft_cli", "train", str(config)]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "accelerate-ddp"])
+def test_the_real_launchers(tmp_path, tiny_model, undisturbed, launcher):
+    config = write_tiny(tmp_path, "run", tiny_model, **AGAIN)
+    done = launch(tmp_path, launcher, config)
     assert done.returncode == 0 and "on 2 processes" in done.stderr, done.stderr
     assert contents(tmp_path / "run") == undisturbed
+
+
+def test_accelerate_told_of_fsdp2(forks, tmp_path, tiny_model):
+    """It runs what the config says, and refuses where the two disagree."""
+    config = write_tiny(tmp_path, "run", tiny_model, **AGAIN)
+    done = launch(tmp_path, "accelerate-fsdp2", config)
+    assert done.returncode != 0 and "train.parallel is auto" in done.stderr and not (tmp_path / "run").exists()
+    train = {**AGAIN["train"], "parallel": "fsdp2"}
+    for name in ("run", "forked"):
+        config = write_tiny(tmp_path, name, tiny_model, **{**AGAIN, "train": train})
+        if name == "run":
+            done = launch(tmp_path, "accelerate-fsdp2", config)
+            assert done.returncode == 0 and "on 2 processes" in done.stderr, done.stderr
+        else:
+            assert forks.run(tmp_path, 2, "train", str(config), **QUICK) == [0, 0]
+    assert contents(tmp_path / "run") == contents(tmp_path / "forked")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
