@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import IsftError
-from iterative_sft_cli.ranks.faults import MeetingFailed, RankError, failure_of
+from iterative_sft_cli.ranks.faults import MeetingFailed, RankError, failure_of, first_line, is_broken_connection
 from iterative_sft_cli.ranks.link import Link
 from iterative_sft_cli.ranks.wire import from_rows
 from iterative_sft_cli.train.base import Learner, TrainOutOfMemory
@@ -147,6 +147,9 @@ def take_part(link: Link, learner: Any, call: Callable[[], dict[str, Any]]) -> d
                 link.meet(problem_of(error))
         elif not isinstance(error, IsftError | TrainOutOfMemory):
             raise link.blame(error) from error
+        if is_broken_connection(error):
+            # both are there, and one was too late for the other
+            raise RankError(f"{link.name}: {first_line(error)}", hint="run the same command again to go on") from error
         raise
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from forking import Forks
 from hosts import Hosts
-from rank_helpers import AGAIN, QUICK, contents, write_tiny
+from rank_helpers import AGAIN, PIECES, QUICK, contents, write_tiny
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +43,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(forks: Forks, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, str]:
     """What two ranks leave of the tiny experiment `AGAIN`."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    config = write_tiny(folder, "run", tiny_model, **AGAIN)
+    return run_undisturbed(forks, tmp_path_factory.mktemp("undisturbed"), tiny_model, AGAIN)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_pieces(forks: Forks, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, str]:
+    """What they leave of it with fsdp2."""
+    return run_undisturbed(forks, tmp_path_factory.mktemp("pieces"), tiny_model, PIECES)
+
+
+def run_undisturbed(forks: Forks, folder: Path, tiny_model: Path, changes: dict[str, Any]) -> dict[str, str]:
+    config = write_tiny(folder, "run", tiny_model, **changes)
     assert forks.run(folder, 2, "train", str(config), **QUICK) == [0, 0], (folder / "rank0.txt").read_text()
     return contents(folder / "run")
 

@@ -21,8 +21,9 @@ VOLATILE = {
     "resolved.yaml",
 }
 QUICK = {"ISFT_RANK_PATIENCE_S": "0.5,10,60,60"}
-AGAIN = {"train": {"start_from": "base", "optimizer_state": "fresh"}, "rounds": 2}
+AGAIN: dict[str, Any] = {"train": {"start_from": "base", "optimizer_state": "fresh"}, "rounds": 2}
 """Weights are read back after every round, so that every call of the learner is made."""
+PIECES = {**AGAIN, "train": {**AGAIN["train"], "parallel": "fsdp2"}}
 LORA = {"model": {"adapter": {"type": "lora", "r": 4, "alpha": 8}}}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from hosts import CUTS
-from rank_helpers import AGAIN, contents, rows, write_tiny, write_toy_many
+from rank_helpers import AGAIN, PIECES, contents, rows, write_tiny, write_toy_many
 
 pytestmark = pytest.mark.slow
 DELAYS = Path(__file__).resolve().parent / "delays.py"
@@ -124,6 +124,24 @@ def test_cuts_at_random_instants(hosts, tmp_path, tiny_model, undisturbed, said)
         assert contents(tmp_path / name) == undisturbed, about
     print(f"{NUMBER} cuts in a run of {length:.1f} s: {dict(ended)}, at {dict(places)}")
     print(f"rank 0 ended within {longest[0]:.1f} s, rank 1 within {longest[1]:.1f} s")
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_a_cut_within_a_pass_over_pieces(hosts, tmp_path, tiny_model, undisturbed_pieces, kind, said):
+    """With fsdp2 one rank waits in an all-gather while the other is held before its own."""
+    config = write_tiny(tmp_path, "run", tiny_model, **PIECES)
+    options = {"LATE": f"1,backward,{HELD_S},4", "LATE_MARK": str(tmp_path / "mark"), **PATIENCE}
+    pids = hosts.start(tmp_path, "train", str(config), before=DELAYS, **options)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "mark").exists():
+        assert time.monotonic() < deadline, said(0) + said(1)
+        time.sleep(0.01)
+    hosts.cut(kind)
+    codes = [code for code, _ in hosts.wait(pids)]
+    hosts.mend(kind)
+    assert codes == [4, 4] and named(0, said(0)) and named(1, said(1)), said(0) + said(1)
+    assert hosts.run(tmp_path, "train", str(config), **LONGER) == [0, 0], said(0)
+    assert contents(tmp_path / "run") == undisturbed_pieces
 
 
 def test_a_cut_names_the_host_and_how_long_it_was_silent(hosts, tmp_path, said):

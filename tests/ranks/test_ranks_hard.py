@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rank_helpers import AGAIN, LORA, QUICK, contents, steps, weights_of, write_tiny, write_toy_many
+from rank_helpers import AGAIN, LORA, PIECES, QUICK, contents, steps, weights_of, write_tiny, write_toy_many
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
@@ -36,25 +36,38 @@ def test_four_ranks_with_fewer_rows_than_ranks(forks, tmp_path, tiny_model, chan
 
 
 PHASES = ("load", "serve", "generate", "filters", "begin", "batches", "backward")
+LATE = [*(f"1,{phase}" for phase in PHASES), *(f"0,{phase}" for phase in (*PHASES, "weights", "save"))]
 
 
-@pytest.mark.parametrize(
-    "late", [*(f"1,{phase}" for phase in PHASES), *(f"0,{phase}" for phase in (*PHASES, "weights", "save"))]
-)
+def run_late(forks, folder, tiny_model, late, **changes):
+    """The exit codes of a run in which one rank sleeps for longer than a collective's time-out."""
+    config = write_tiny(folder, "run", tiny_model, **changes)
+    options = {"LATE": f"{late},{COLLECTIVE_S + 3},1", "ISFT_RANK_PATIENCE_S": f"0.5,30,60,{COLLECTIVE_S}"}
+    return forks.run(folder, 2, "train", str(config), before=HERE / "delays.py", **options)
+
+
+@pytest.mark.parametrize("late", LATE)
 def test_a_rank_that_is_late_breaks_nothing(forks, tmp_path, tiny_model, undisturbed, late, said):
-    config = write_tiny(tmp_path, "run", tiny_model, **AGAIN)
-    patience = f"0.5,30,60,{COLLECTIVE_S}"
-    codes = forks.run(
-        tmp_path,
-        2,
-        "train",
-        str(config),
-        before=HERE / "delays.py",
-        LATE=f"{late},{COLLECTIVE_S + 3},1",
-        ISFT_RANK_PATIENCE_S=patience,
-    )
-    assert codes == [0, 0], said(0)
+    assert run_late(forks, tmp_path, tiny_model, late, **AGAIN) == [0, 0], said(0)
     assert contents(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.parametrize("late", [one for one in LATE if not one.endswith("backward")])
+def test_a_rank_that_is_late_breaks_nothing_between_pieces(forks, tmp_path, tiny_model, undisturbed_pieces, late, said):
+    """The same with fsdp2, whose collectives stand in the forward and backward passes too."""
+    assert run_late(forks, tmp_path, tiny_model, late, **PIECES) == [0, 0], said(0) + said(1)
+    assert contents(tmp_path / "run") == undisturbed_pieces
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_late_within_a_pass_over_pieces_is_an_error_of_the_ranks(
+    forks, tmp_path, tiny_model, rank, said
+):
+    """There the other one waits in a collective: a device that stands still for ten minutes."""
+    assert run_late(forks, tmp_path, tiny_model, f"{rank},backward", **PIECES) == [4, 4]
+    assert "isft: rank " in said(0) and "Traceback" not in said(0) + said(1), said(0) + said(1)
+    config = write_tiny(tmp_path, "run", tiny_model, **PIECES)
+    assert forks.run(tmp_path, 2, "train", str(config), **QUICK) == [0, 0]
 
 
 def test_kills_at_random_instants(forks, tmp_path, tiny_model, undisturbed, said):
@@ -131,9 +144,8 @@ def test_accelerate_told_of_fsdp2(forks, tmp_path, tiny_model):
     config = write_tiny(tmp_path, "run", tiny_model, **AGAIN)
     done = launch(tmp_path, "accelerate-fsdp2", config)
     assert done.returncode != 0 and "train.parallel is auto" in done.stderr and not (tmp_path / "run").exists()
-    train = {**AGAIN["train"], "parallel": "fsdp2"}
     for name in ("run", "forked"):
-        config = write_tiny(tmp_path, name, tiny_model, **{**AGAIN, "train": train})
+        config = write_tiny(tmp_path, name, tiny_model, **PIECES)
         if name == "run":
             done = launch(tmp_path, "accelerate-fsdp2", config)
             assert done.returncode == 0 and "on 2 processes" in done.stderr, done.stderr
