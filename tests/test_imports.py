@@ -13,7 +13,7 @@ STAGES = {"prompts", "generate", "filters", "train"}
 LEVELS = [
     {"types", "errors", "machine", "native", "tensor_files", "plugin_import"},
     {"config", "encoding", "samples", "eval", "tensor_files"},
-    {"model", "rundir", "stats", "prompts", "generate", "filters", "train"},
+    {"model", "rundir", "stats", "prompts", "generate", "filters", "train", "temporary"},
     {"guards", "alarms", "console", "signals", "watchdog", "rounds", "harness"},
     {"loop", "build", "report", "recipes", "resume", "tracking"},
     {"experiment", "plan", "plan_memory", "ranks", "probe"},

@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import os
 import queue
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from iterative_sft_cli.filters import processes
 from iterative_sft_cli.filters.wire import MAX_REPLY_BYTES, BrokenWire, read_frame
 from iterative_sft_cli.filters.worker import FORK_NOTE, MAX_FORKS
+from iterative_sft_cli.temporary import TemporaryFolder
 
 TICK_S = 0.05
 MAX_OUTPUT_BYTES = 64 * 1024 * 1024
@@ -58,7 +58,7 @@ class Link:
         self._watchdog = watchdog
         self._frames: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._mark = f"{os.getpid()}-{next(_numbers)}-{time.time_ns()}"
-        self._scratch = tempfile.TemporaryDirectory(prefix="isft-filter-", ignore_cleanup_errors=True)
+        self._scratch = TemporaryFolder("filter")
         # a limit on address space would forbid CUDA, which reserves far more than it uses
         data = int(memory_gb * 2**30) if memory_gb and device in (None, "cpu") else None
         given = processes.environment(env, device=device, threads=threads, mark=self._mark)

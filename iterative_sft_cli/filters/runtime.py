@@ -21,6 +21,7 @@ from iterative_sft_cli.filters.resolved import ResolvedFilter
 from iterative_sft_cli.filters.runners import DirectRunner, History, Runner, ThreadRunner, WorkerRunner, blame
 from iterative_sft_cli.filters.wire import encode, sample_to_wire, to_json
 from iterative_sft_cli.plugin_import import explain
+from iterative_sft_cli.temporary import TemporaryFolder
 from iterative_sft_cli.types import Sample
 
 
@@ -43,7 +44,7 @@ class Runtime:
         self._caches: dict[tuple[Path, bytes], ResultCache] = {}
         self._used: dict[bytes, tuple[str, str, int]] = {}
         self._watchdog = Watchdog()
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: TemporaryFolder | None = None
         self._num_files = 0
 
     def __enter__(self) -> Runtime:
@@ -160,7 +161,7 @@ class Runtime:
         try:
             with self._lock:
                 if self._folder is None:
-                    self._folder = tempfile.TemporaryDirectory(prefix="isft-round-", ignore_cleanup_errors=True)
+                    self._folder = TemporaryFolder("round")
                 self._num_files += 1
                 path = Path(self._folder.name) / f"{self._num_files}"
             with open(path, "wb") as file:

@@ -5,7 +5,6 @@ Guarantee: a step after `save` and `load_state` is, byte for byte, the step that
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iterative_sft_cli.errors import ConfigError
+from iterative_sft_cli.temporary import TemporaryFolder
 from iterative_sft_cli.train import torch_native, torch_optim, torch_ranks, torch_sharded, torch_state
 from iterative_sft_cli.train.torch_core import TrainCore
 from iterative_sft_cli.train.torch_rows import share
@@ -54,7 +54,7 @@ class TorchLearner:
         self._schedule = Schedule(self.core.settings, 1)
         self._seed = 0
         self.heartbeat: Callable[[int], None] = lambda _tokens: None
-        self._away: tempfile.TemporaryDirectory[str] | None = None
+        self._away: TemporaryFolder | None = None
         self._state: torch_sharded.Whole | None = None
 
     @property
@@ -228,7 +228,7 @@ class TorchLearner:
         assert optimizer is not None
         tensors, _ = torch_optim.state_tensors(optimizer, weights.names, weights.masters)
         if mode == "disk":
-            self._away = tempfile.TemporaryDirectory(prefix="isft-optimizer-")
+            self._away = TemporaryFolder("optimizer")
             save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, Path(self._away.name) / "o.safetensors")
             for master in weights.masters:
                 for key, value in list(optimizer.state.get(master, {}).items()):

@@ -11,12 +11,12 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from typing import Any
 
 from iterative_sft_cli.filters import processes
 from iterative_sft_cli.filters.builtin.code_program import MAX_OUTPUT_CHARS, CodeFailed, plain, raised
+from iterative_sft_cli.temporary import TemporaryFolder
 
 _LIMITS = """
 import os, sys
@@ -104,7 +104,7 @@ class CPythonProgram:
         self._timed_out = False
 
     def __enter__(self) -> CPythonProgram:
-        self._folder = tempfile.TemporaryDirectory(prefix="isft-code-", ignore_cleanup_errors=True)
+        self._folder = TemporaryFolder("code")
         self._process = _start(_SERVE, self._seconds, self._memory_mb, self._folder.name, self._mark)
         try:
             kind, text = self._exchange(self._source)
@@ -167,7 +167,7 @@ def run_script(source: str, stdin: str, seconds: float, memory_mb: int) -> str:
     """What a whole program prints. Raises CodeFailed."""
     mark = f"script-{os.getpid()}-{threading.get_ident()}"
     runner = "exec(compile(sys.argv[3], 'solution.py', 'exec'), {'__name__': '__main__'})"
-    with tempfile.TemporaryDirectory(prefix="isft-code-", ignore_cleanup_errors=True) as folder:
+    with TemporaryFolder("code") as folder:
         process = _start(runner, seconds, memory_mb, folder, mark, source)
         timed_out = threading.Event()
 
