@@ -88,26 +88,47 @@ def test_calls_that_only_windows_has_say_so_elsewhere():
     windows.close_in_children(set())
 
 
-WITHOUT_POSIX = """
-import asyncio, concurrent.futures, ctypes, importlib.abc, logging.handlers, multiprocessing, signal, socket, subprocess, sys, tempfile
-import zoneinfo, pydantic, pydantic.main, pydantic.fields, pydantic_core, rich.console, rich.progress, typer, typer.main, typer.testing, yaml
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name in {"fcntl", "resource", "pwd", "grp", "termios", "pty", "posix"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-for name in ("fcntl", "resource", "pwd", "grp", "termios", "pty"):
-    sys.modules.pop(name, None)
-sys.meta_path.insert(0, Refuse())
-sys.platform = "win32"
-import iterative_sft_cli.cli, iterative_sft_cli.commands, iterative_sft_cli.config, iterative_sft_cli.loop
-import iterative_sft_cli.experiment, iterative_sft_cli.rundir, iterative_sft_cli.filters, iterative_sft_cli.prompts
-import iterative_sft_cli.ranks.start
-from iterative_sft_cli.rundir import system
-print(system.try_lock.__module__, "iterative_sft_cli.rundir.posix" in sys.modules)
-"""
+WITHOUT_POSIX = ROOT / "tests" / "without_posix.py"
 
 
-def test_the_package_imports_where_posix_modules_are_missing():
-    done = subprocess.run([sys.executable, "-c", WITHOUT_POSIX], capture_output=True, text=True, cwd=ROOT)
+def isft(*words):
+    """The exit code and the output of an `isft` for which nothing of POSIX is there."""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(WITHOUT_POSIX), *words], capture_output=True, text=True, env=environ)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_run_leaves_the_same_bytes_where_posix_is_missing(tmp_path):
+    """Built-in filters, a plug-in in its worker, a second start, and what reads the run."""
+    from toy_config import write_toy
+
+    from iterative_sft_cli.cli import run
+
+    found = {}
+    for name in ("here", "there"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "mine.py").write_text(
+            "def short(sample, most: int = 90):\n    return len(sample.completion) <= most\n"
+        )
+        path = str(write_toy(folder, {"filters": ["finished", "numeric_answer", "mine.py:short", "dedup"]}))
+        for rounds in ("rounds=1", "rounds=3"):
+            code, text = isft("train", path, rounds) if name == "there" else (run(["train", path, rounds]), "")
+            assert code == 0, text
+        files = [one for one in (folder / "run").rglob("*") if one.suffix in (".jsonl", ".npz", ".safetensors")]
+        found[name] = {
+            str(one.relative_to(folder)): one.read_bytes()
+            for one in files
+            if not {"telemetry.jsonl", "cache"} & set(one.parts)
+        }
+    assert found["here"] == found["there"] and len(found["here"]) > 10
+    for words in (["verify"], ["samples", "--round", "1"], ["show"]):
+        code, text = isft(words[0], str(tmp_path / "there" / "run"), *words[1:])
+        assert code == 0, text
+
+
+def test_the_parts_of_several_ranks_import_where_posix_modules_are_missing():
+    code = "import without_posix, sys; sys.argv[1:] = ['--help']; without_posix.main(); import iterative_sft_cli.ranks.start"
+    environ = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["iterative_sft_cli.rundir.windows", "False"]
