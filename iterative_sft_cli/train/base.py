@@ -50,3 +50,6 @@ class Learner(Protocol):
 
     def reload(self) -> None:
         """Undo `offload`."""
+
+    # A learner may have `offload_weights()` too: called after `offload`, before an engine with weights of its own takes the device. It
+    # moves the weights away, and `reload` brings them back.

@@ -5,16 +5,15 @@ Guarantee: a step after `save` and `load_state` is, byte for byte, the step that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from iterative_sft_cli.errors import ConfigError
-from iterative_sft_cli.temporary import TemporaryFolder
 from iterative_sft_cli.train import torch_native, torch_optim, torch_ranks, torch_sharded, torch_state
+from iterative_sft_cli.train.torch_away import Away
 from iterative_sft_cli.train.torch_core import TrainCore
 from iterative_sft_cli.train.torch_rows import share
 from iterative_sft_cli.train.torch_settings import Schedule, settings_from_section
@@ -54,7 +53,8 @@ class TorchLearner:
         self._schedule = Schedule(self.core.settings, 1)
         self._seed = 0
         self.heartbeat: Callable[[int], None] = lambda _tokens: None
-        self._away: TemporaryFolder | None = None
+        self._optimizer_away: Away | None = None
+        self._weights_away: Away | None = None
         self._state: torch_sharded.Whole | None = None
 
     @property
@@ -217,45 +217,41 @@ class TorchLearner:
 
     def offload(self) -> None:
         """Free the compute copies, and move the optimizer's state to where `train.offload` says."""
+        if self._weights_away is not None:
+            return
         self.core.free_scratch()
         if isinstance(self.core, torch_sharded.ShardedCore):
             self.core.to_whole()
-        mode = getattr(self.section, "offload", "auto") or "auto"
-        on_host = self.core.device.type == "cpu"
-        if mode == "none" or (mode in ("auto", "host") and on_host) or self._away is not None:
-            return
         optimizer, weights = self.core.optimizer, self.core.weights
         assert optimizer is not None
-        tensors, _ = torch_optim.state_tensors(optimizer, weights.names, weights.masters)
-        if mode == "disk":
-            self._away = TemporaryFolder("optimizer")
-            save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, Path(self._away.name) / "o.safetensors")
-            for master in weights.masters:
-                for key, value in list(optimizer.state.get(master, {}).items()):
-                    if isinstance(value, torch.Tensor):
-                        del optimizer.state[master][key]
-        else:
-            self._move("cpu")
-        if self.core.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self._optimizer_away is None:
+            self._optimizer_away = self._send(
+                torch_optim.state_tensors(optimizer, weights.names, weights.masters)[0].values()
+            )
+
+    def offload_weights(self) -> None:
+        """Move the weights there too, for an engine that has weights of its own; until `reload` nothing else may be asked."""
+        self.offload()
+        if self._weights_away is not None:
+            return
+        tensors: list[torch.Tensor] = list(self.core.weights.masters)
+        for module in {id(one): one for one in (self.loaded.model, self.core.model)}.values():
+            held = (*module.parameters(), *module.buffers())
+            tensors += [one for one in held if type(one.data) is torch.Tensor]  # pieces are among the masters
+        self._weights_away = self._send(tensors)
 
     def reload(self) -> None:
-        """Undo `offload`."""
-        if self._away is not None:
-            optimizer, weights = self.core.optimizer, self.core.weights
-            assert optimizer is not None
-            tensors = load_file(Path(self._away.name) / "o.safetensors")
-            _, scalars = torch_optim.state_tensors(optimizer, weights.names, weights.masters)
-            torch_optim.load_state_tensors(optimizer, weights.names, weights.masters, tensors, scalars)
-            self._away.cleanup()
-            self._away = None
-        elif self.core.device.type != "cpu":
-            self._move(self.core.device)
+        """Undo both."""
+        for away in (self._weights_away, self._optimizer_away):
+            if away is not None:
+                away.back()
+        self._weights_away = self._optimizer_away = None
 
-    def _move(self, device: torch.device | str) -> None:
-        optimizer = self.core.optimizer
-        assert optimizer is not None
-        for values in optimizer.state.values():
-            for key, value in values.items():
-                if isinstance(value, torch.Tensor) and not (key == "step" and value.dim() == 0):
-                    values[key] = value.to(device)
+    def _send(self, tensors: Iterable[torch.Tensor]) -> Away | None:
+        """Empty `tensors` where `train.offload` says so: by default what is on a GPU waits on the host."""
+        mode, device = getattr(self.section, "offload", "auto") or "auto", self.core.device.type
+        if mode == "disk":
+            return Away(tensors, disk=True)
+        if mode == "none" or device not in ("cuda", "xpu"):
+            return None
+        return Away([one for one in tensors if one.device.type == device], disk=False)
