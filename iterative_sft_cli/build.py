@@ -121,6 +121,9 @@ def build_stages(
     if ranks is not None:
         learner, engine = ranks.lead(parts, filters)
         view.note(f"training and generating on {ranks.size} processes")
+    share_out = getattr(engine, "open", None) if config.generate.engine == "vllm" else None
+    if share_out is not None:
+        share_out()
     others = find_other_models(config, encoder, loaded.base_dir)
     if base_folder is None and reads_base(config):
         base_folder = write_base(learner, run.path)

@@ -58,7 +58,8 @@ _TUNABLE = """
     rounds deterministic model.path model.revision model.device model.attention model.trust_remote_code prompts.path eval.path
     generate.engine generate.memory_gb generate.timeout_s generate.startup_timeout_s
     generate.vllm.python generate.vllm.tensor_parallel_size generate.vllm.gpu_memory_utilization generate.vllm.max_model_len
-    generate.vllm.args generate.vllm.base_urls generate.vllm.stage_to generate.vllm.reload
+    generate.vllm.args generate.vllm.base_urls generate.vllm.stage_to generate.vllm.reload generate.vllm.servers
+    generate.vllm.while_training
     generate.openai.base_url generate.openai.api_key_env generate.openai.max_concurrency generate.openai.max_retries
     generate.openai.requests_per_minute
     filters[].timeout_s filters[].startup_timeout_s filters[].workers filters[].device filters[].env filters[].memory_gb

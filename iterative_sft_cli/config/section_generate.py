@@ -36,6 +36,10 @@ class VllmConfig(Section):
     """Python interpreter of the environment that has vLLM; null looks for `vllm` on PATH."""
     tensor_parallel_size: Count = 1
     """GPUs of one server."""
+    servers: Annotated[Annotated[Literal["auto"], WordTag] | Annotated[Count, NumberTag], WordOrNumber] = "auto"
+    """Servers that are started on each host; auto is its visible GPUs / tensor_parallel_size, and one without a GPU."""
+    while_training: Literal["auto", "sleep", "stop", "keep"] = "auto"
+    """What servers that were started do while the trainer has the device: sleep (GPU only), stop, or keep their memory; auto is sleep on a GPU, keep on a CPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of the GPU's memory that vLLM may take while it generates."""
     max_model_len: Count | None = None
@@ -45,7 +49,7 @@ class VllmConfig(Section):
     base_urls: Texts = Field(default_factory=list)
     """Addresses of servers that are already running; then none is started."""
     stage_to: Text | None = None
-    """Folder on each node's own disk to which new weights are copied once; null reads them where they are."""
+    """Folder on each host's own disk to which new weights are copied once and checked there; null reads them where they are."""
     reload: Text | None = None
     """How servers at `base_urls` take new weights: http, restart, or pkg.mod:fn."""
 

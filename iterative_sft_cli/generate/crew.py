@@ -36,8 +36,9 @@ class Counters:
 class Crew(Generic[Job, Result]):
     """`ask(server, job, on_tokens, stopped)` does one job; `on_tokens(n)` reports progress, `stopped()` says to give up.
 
-    A server that refuses connections rests while others are there. `recover(server)` is called, by one worker at a time,
-    when no answer came at all from it; it may restart it and returns whether the server is worth asking again.
+    A server that refuses connections rests while others are there. `recover(server, given_up)` is called in a thread of its own,
+    one a server, when no answer came at all from it; it may restart it and returns whether the server is worth asking again. Until
+    then its jobs go to the others.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Crew(Generic[Job, Result]):
         concurrency: int,
         max_retries: int,
         requests_per_minute: int | None = None,
-        recover: Callable[[str], bool] | None = None,
+        recover: Callable[[str, Callable[[], bool]], bool] | None = None,
     ) -> None:
         self.servers = list(servers)
         self.ask = ask
@@ -58,7 +59,8 @@ class Crew(Generic[Job, Result]):
         self.recover = recover
         self.counters = Counters()
         self._lock = threading.Lock()
-        self._recovery = threading.Lock()
+        self._back = threading.Condition(self._lock)
+        self._away: set[str] = set()
         self._load = dict.fromkeys(self.servers, 0)
         self._resting: dict[str, float] = {}
         self._next_start = 0.0
@@ -71,6 +73,7 @@ class Crew(Generic[Job, Result]):
         for job in jobs:
             waiting.put(job)
         done: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
+        self._done = done
         self._stop.clear()
         count = min(self.concurrency * len(self.servers), len(jobs))
         workers = [threading.Thread(target=self._work, args=(waiting, done), daemon=True) for _ in range(count)]
@@ -91,6 +94,8 @@ class Crew(Generic[Job, Result]):
                 yield result
         finally:
             self._stop.set()
+            with self._back:
+                self._back.notify_all()
 
     def _take_tokens(self) -> int:
         with self._lock:
@@ -141,28 +146,43 @@ class Crew(Generic[Job, Result]):
                     self._load[server] -= 1
 
     def _choose(self) -> str:
-        """The server with the fewest requests among those not resting."""
-        with self._lock:
+        """The server with the fewest requests among those not resting; waits while every one of them is being recovered."""
+        with self._back:
             self.counters.num_requests += 1
+            while len(self._away) == len(self.servers) and not self._stop.is_set():
+                self._back.wait(0.5)
             now = time.monotonic()
-            awake = [s for s in self.servers if self._resting.get(s, 0.0) <= now] or self.servers
+            there = [s for s in self.servers if s not in self._away] or self.servers
+            awake = [s for s in there if self._resting.get(s, 0.0) <= now] or there
             server = min(awake, key=lambda s: self._load[s])
             self._load[server] += 1
             return server
 
     def _mend(self, server: str) -> bool:
-        with self._lock:
+        """Whether another try may come at once: the server is being recovered, or another one is awake."""
+        with self._back:
             self._resting[server] = time.monotonic() + 10.0
-        if self.recover is None:
-            return len(self.servers) > 1 and any(
-                self._resting.get(s, 0.0) <= time.monotonic() for s in self.servers if s != server
-            )
-        with self._recovery:
-            mended = not self._stop.is_set() and self.recover(server)
-        if mended:
-            with self._lock:
+            if self.recover is None:
+                return len(self.servers) > 1 and any(
+                    self._resting.get(s, 0.0) <= time.monotonic() for s in self.servers if s != server
+                )
+            if server not in self._away and not self._stop.is_set():
+                self._away.add(server)
+                threading.Thread(target=self._recover, args=(server,), name="isft-recover", daemon=True).start()
+        return True
+
+    def _recover(self, server: str) -> None:
+        assert self.recover is not None
+        try:
+            mended = self.recover(server, self._stop.is_set)
+        except BaseException as error:  # noqa: BLE001 - it is raised again where the results are read
+            self._done.put(error)
+            return
+        with self._back:
+            self._away.discard(server)
+            if mended:
                 self._resting.pop(server, None)
-        return mended
+            self._back.notify_all()
 
     def _wait_for_rate(self) -> None:
         if self.interval_s:

@@ -36,10 +36,18 @@ def token_logprobs(model: Any, rows: list[list[int]]) -> list[list[float]]:
 
 
 def folder_logprobs(folder: Path, rows: list[list[int]], loaded: Any) -> list[list[float]]:
-    """`token_logprobs` of the model in `folder`, in the compute dtype, loaded for this and dropped."""
+    """`token_logprobs` of the model (or the adapter) in `folder`, in the compute dtype, loaded for this and dropped."""
     from transformers import AutoModelForCausalLM
 
+    adapter = (folder / "adapter_config.json").exists()
     model = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=loaded.compute_dtype, local_files_only=True, use_safetensors=True
+        str(loaded.folder if adapter else folder),
+        dtype=loaded.compute_dtype,
+        local_files_only=True,
+        use_safetensors=True,
     )
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder))
     return token_logprobs(model.to(loaded.device), rows)

@@ -1,12 +1,13 @@
 """A vLLM server of ours: started from its own environment, waited for, watched, and never left behind.
 
 Guarantee: the server ends with the process that started it, even when that one is killed: a guard process between them ends
-the server's process group when the pipe to it closes. Its development endpoints are bound to loopback.
+the server's process group when the pipe to it closes. Its development endpoints are bound to loopback or the job's network.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from iterative_sft_cli.generate.http_client import ServerError, request_json
 
 SERVED_NAME = "isft"
 """Name of the model in requests."""
+LOOPBACK = "127.0.0.1"
 GUARD = """
 import os, signal, subprocess, sys, threading
 child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
@@ -46,21 +48,47 @@ os._exit(code if code >= 0 else 128 - code)
 """Runs the server in a session of its own and ends all of it when standard input closes."""
 
 
-def free_port() -> int:
-    """A port nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+LAUNCHER = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*"
+)
+"""Variables of whoever started us as one of several processes: a server is none of them."""
+
+
+def free_port(host: str = LOOPBACK) -> int:
+    """A port of `host`'s address nobody listens on at the moment."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
+def address_towards(master: str, port: int) -> str:
+    """The address of the interface by which this host reaches `master`: its own in the job's network. Raises DataError."""
+    try:
+        family, kind, protocol, _, there = socket.getaddrinfo(master, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(there)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise DataError(
+            f"no interface of {socket.gethostname()} leads to {master}: {error}", where="MASTER_ADDR"
+        ) from error
+
+
 def serve_command(
-    python: str | None, model: Path, *, port: int, settings: Any, adapter_rank: int | None, dtype: str
+    python: str | None,
+    model: Path,
+    *,
+    port: int,
+    settings: Any,
+    adapter_rank: int | None,
+    dtype: str,
+    host: str = LOOPBACK,
 ) -> list[str]:
     """The command line of `vllm serve`; `settings` is a `VllmConfig`."""
     # the module, not the command line around it: that one fails where the distribution is not called vllm (the CPU build's is not)
     start = [python, "-m", "vllm.entrypoints.openai.api_server", "--model"] if python else ["vllm", "serve"]
     options: dict[str, Any] = {
-        "host": "127.0.0.1",
+        "host": host,
         "port": port,
         "served-model-name": SERVED_NAME,
         "generation-config": "vllm",
@@ -87,11 +115,20 @@ def serve_command(
 class Server:
     """One running `vllm serve`. `log` takes its output; `address` is its base url."""
 
-    def __init__(self, command: Sequence[str], *, port: int, log: Path, environment: Mapping[str, str]) -> None:
-        self.address = f"http://127.0.0.1:{port}"
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        port: int,
+        log: Path,
+        environment: Mapping[str, str],
+        host: str = LOOPBACK,
+    ) -> None:
+        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **environment}
+        kept = {name: value for name, value in os.environ.items() if not LAUNCHER.fullmatch(name)}
+        env = {**kept, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **environment}
         env.pop("PYTHONPATH", None)
         with open(log, "ab") as stream:
             try:
@@ -148,10 +185,14 @@ class Server:
             return ""
         return "\n".join(lines[-num_lines:])
 
-    def stop(self) -> None:
-        """End the server and everything it started."""
+    def end(self) -> None:
+        """Have the server and everything it started end; returns at once."""
         if self._guard.stdin is not None:
             self._guard.stdin.close()
+
+    def stop(self) -> None:
+        """End the server and everything it started; returns when they are gone."""
+        self.end()
         try:
             self._guard.wait(40)
         except subprocess.TimeoutExpired:

@@ -34,7 +34,8 @@ class EngineSession:
     """Serves one set of weights at a time and hands the device to the trainer and back.
 
     Asking again for the weights that are served costs nothing, so a round's eval and the next round's generation share a session.
-    Every switch is a telemetry row `switch_s`.
+    An engine that has weights of its own on the trainer's device (`shares_device`) reads what it needs in `prepare`; the trainer's
+    weights leave the device before its `begin` and come back after its `end`. Every switch is a telemetry row `switch_s`.
     """
 
     def __init__(self, engine: Engine, learner: Learner, telemetry: Any) -> None:
@@ -52,17 +53,29 @@ class EngineSession:
         """The engine, serving the weights named `key`: those in the folder `weights`, or the live ones when None."""
         if self._serving != key:
             start = time.monotonic()
-            if self._serving is not None:
-                self.engine.end()
-            else:
+            if self._serving is None:
                 self._learner.offload()
+            else:
+                self.engine.end()
+                if self._apart() and weights is None:
+                    # they are to be read once more
+                    self._learner.reload()
+                    self._learner.offload()
             self._serving = key
+            if self._apart():
+                self.engine.prepare(weights)  # type: ignore[attr-defined]
+                away = getattr(self._learner, "offload_weights", None)
+                if away is not None:
+                    away()
             self.engine.begin(weights)
             self._telemetry.append({"event": "switch", "to": "generate", "switch_s": time.monotonic() - start})
             proof = getattr(self.engine, "proof", None)
             if proof:
                 self._telemetry.append({"event": "probe", "nats": dict(proof)})
         return self.engine
+
+    def _apart(self) -> bool:
+        return bool(getattr(self.engine, "shares_device", False))
 
     def close(self) -> None:
         """Free the engine's memory and give the device back to the trainer."""

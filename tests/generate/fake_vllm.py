@@ -1,9 +1,12 @@
 """A stand-in for `vllm serve` with the standard library: a unigram "model" whose one weight lies in FOLDER/w.json.
 
-    python fake_vllm.py serve FOLDER --port N [--fault NAME] ...
+    python fake_vllm.py serve FOLDER --port N [--host ADDRESS] [--fault NAME] ...
 
-Faults: `never_healthy`, `exit` (at once), `die_after=N` (kills itself at the N-th completion, once per FOLDER), `deaf`
-(reload_weights does nothing), `hang_after=N` (stops answering in mid-stream, once). Within a test it runs as a thread.
+A FOLDER without w.json holds a Llama, which tiny_numpy.py computes. Faults: `never_healthy`, `exit` (at once), `die_after=N` (kills
+itself at the N-th completion, once per FOLDER), `dies=N` (at its N-th completion, always), `deaf` (reload_weights does nothing),
+`wrong` (serves other weights whatever it is told), `restless` (does not sleep), `hang_after=N` (stops answering in mid-stream, once).
+FAKE_VLLM_JOURNAL names a file to which it appends what it does, FAKE_VLLM_PAUSE_S how long it thinks about a completion. Within a
+test it runs as a thread.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -35,14 +39,32 @@ def completion_of(prompt: list[int], seed: int, limit: int) -> tuple[list[int], 
     return (ids, "stop") if length <= limit else (ids[:limit], "length")
 
 
+def note(event: str, **more: Any) -> None:
+    """A line for the journal of who has weights in memory."""
+    path = os.environ.get("FAKE_VLLM_JOURNAL")
+    if path:
+        line = json.dumps({"at": time.time(), "pid": os.getpid(), "who": "server", "event": event, **more}) + "\n"
+        with open(path, "a") as file:
+            file.write(line)
+
+
+def die(code: int = 1) -> None:
+    note("stop")
+    os._exit(code)
+
+
 class FakeServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, folder: Path, *, port: int = 0, fault: str = "") -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, folder: Path, *, host: str = "127.0.0.1", port: int = 0, fault: str = "") -> None:
+        super().__init__((host, port), Handler)
         self.folder = folder
-        self.weight = read_weight(folder) - (0.02 if fault == "rounds" else 0.0)
+        self.llama = None if (folder / "w.json").exists() or (folder / "adapter_config.json").exists() else load(folder)
+        self.weight = read_weight(folder) - (0.02 if fault == "rounds" else 0.0) if self.llama is None else 0.1
+        if fault == "wrong":
+            self.weight += 0.4
+        self.asleep = False
         self.adapters: dict[str, float] = {}
         self.fault, _, number = fault.partition("=")
         self.number = int(number or 0)
@@ -58,6 +80,12 @@ class FakeServer(ThreadingHTTPServer):
     def start(self) -> FakeServer:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
+
+
+def load(folder: Path) -> Any:
+    from tiny_numpy import Llama
+
+    return Llama(folder)
 
 
 def read_weight(folder: Path) -> float:
@@ -97,9 +125,13 @@ class Handler(BaseHTTPRequestHandler):
         if scripted is not None:
             self.answer(scripted[0], {"error": "scripted"}, scripted[1])
         elif self.path == "/collective_rpc":
-            if server.fault != "deaf":
-                rounding = 0.02 if server.fault == "rounds" else 0.0
-                server.weight = read_weight(Path(body["kwargs"]["weights_path"])) - rounding
+            folder = Path(body["kwargs"]["weights_path"])
+            note("load", folder=str(folder))
+            if server.llama is not None and server.fault != "deaf":
+                server.llama = load(folder)
+            elif server.fault != "deaf":
+                rounding = 0.02 if server.fault == "rounds" else -0.4 if server.fault == "wrong" else 0.0
+                server.weight = read_weight(folder) - rounding
             self.answer(200, {})
         elif self.path == "/v1/load_lora_adapter":
             if server.fault == "no_adapters":
@@ -110,7 +142,18 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/unload_lora_adapter":
             server.adapters.pop(body["lora_name"])
             self.answer(200, {})
-        elif self.path.startswith(("/sleep", "/wake_up", "/reset_prefix_cache")):
+        elif self.path == "/sleep?level=2" and server.fault == "restless":
+            self.answer(500, {"error": "no memory allocator"})
+        elif self.path == "/sleep?level=2":
+            # what it served is gone until it is loaded again
+            server.asleep, server.weight = True, 1.7
+            note("sleep")
+            self.answer(200, {})
+        elif self.path == "/wake_up":
+            server.asleep = False
+            note("wake")
+            self.answer(200, {})
+        elif self.path == "/reset_prefix_cache":
             self.answer(200, {})
         elif self.path == "/v1/completions":
             self.complete(body)
@@ -122,14 +165,18 @@ class Handler(BaseHTTPRequestHandler):
     def complete(self, body: dict[str, Any]) -> None:
         server = self.server
         weight = server.adapters.get(body["model"], server.weight)
+        if server.asleep:
+            self.answer(500, {"error": "asleep"})
+            return
         if "prompt_logprobs" in body:
             if server.adapters:
                 # as vLLM 0.32 does
-                os._exit(1)
-            choices = [
-                {"prompt_logprobs": [None, *({str(t): {"logprob": logprob(weight, t)}} for t in row[1:])]}
-                for row in body["prompt"]
-            ]
+                die()
+            choices = []
+            for row in body["prompt"]:
+                found = server.llama.logprobs(row) if server.llama else [logprob(weight, t) for t in row[1:]]
+                said = [{str(t): {"logprob": float(one)}} for t, one in zip(row[1:], found, strict=True)]
+                choices.append({"prompt_logprobs": [None, *said]})
             self.answer(200, {"choices": choices})
             return
         if "allowed_token_ids" in body:
@@ -142,7 +189,10 @@ class Handler(BaseHTTPRequestHandler):
         once = server.folder / f"{server.fault}.done"
         if server.fault == "die_after" and number >= server.number and not once.exists():
             once.touch()
-            os._exit(1)
+            die()
+        if server.fault == "dies" and number >= server.number:
+            die()
+        time.sleep(float(os.environ.get("FAKE_VLLM_PAUSE_S", "0")))
         ids, reason = completion_of(body["prompt"], body["seed"], body["max_tokens"])
         if body["stop"] and reason == "stop" and len(ids) > 3:
             ids, stop_reason = ids[:3], body["stop"][0]
@@ -186,10 +236,13 @@ def main() -> None:
     arguments = sys.argv[1:]
     options = dict(pairwise(arguments))
     fault = options.get("--fault", "")
-    print("fake vllm", *arguments, flush=True)
+    print("fake vllm", *arguments, "on", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
     if fault == "exit":
         sys.exit("no such architecture")
-    FakeServer(Path(arguments[1]), port=int(options["--port"]), fault=fault).serve_forever()
+    signal.signal(signal.SIGTERM, lambda *_: die(0))
+    note("start", folder=arguments[1], host=options.get("--host"))
+    host = options.get("--host", "127.0.0.1")
+    FakeServer(Path(arguments[1]), host=host, port=int(options["--port"]), fault=fault).serve_forever()
 
 
 if __name__ == "__main__":
