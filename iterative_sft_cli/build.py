@@ -18,7 +18,7 @@ from iterative_sft_cli.types import TrainRow
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What comes of loading the model. `spreads` says whether an engine of its own on every rank makes the same samples; `filters`
-    are those of a rank that judges what it makes."""
+    are those of a rank that judges what it makes, `servers` the host's vLLM servers where it may have to tend them."""
 
     encoder: Any
     eval_encoder: Any
@@ -30,6 +30,7 @@ class Parts:
     model: Any = None
     spreads: bool = True
     filters: Sequence[Any] = ()
+    servers: Any = None
 
 
 def open_parts(loaded: LoadedConfig, run_path: Path, *, serves: bool = True) -> Parts:
@@ -49,11 +50,12 @@ def open_parts(loaded: LoadedConfig, run_path: Path, *, serves: bool = True) -> 
             base_hash=str(getattr(backend, "base_hash", "plug-in")),
         )
     from iterative_sft_cli.encoding import TokenizerEncoder
-    from iterative_sft_cli.generate import open_engine
+    from iterative_sft_cli.generate import await_earlier_servers, open_engine, open_host
     from iterative_sft_cli.model import load_model
     from iterative_sft_cli.model_source import find_model
     from iterative_sft_cli.train import open_learner
 
+    await_earlier_servers(config.generate, run_path)
     model = load_model(config.model, seed=config.seed, base_dir=loaded.base_dir)
     encoder = TokenizerEncoder.of(model, config.prompts, loaded.base_dir)
     eval_encoder = (
@@ -85,6 +87,7 @@ def open_parts(loaded: LoadedConfig, run_path: Path, *, serves: bool = True) -> 
         base_folder=find_model(config.model, loaded.base_dir).folder,
         model=model,
         spreads=spreads,
+        servers=None if serves else open_host(config.generate, loaded=model, run_dir=run_path),
     )
 
 

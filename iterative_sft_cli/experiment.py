@@ -114,6 +114,9 @@ def run_experiment(
             finally:
                 if isinstance(stages.view, TrackedView):
                     stages.view.finish()
+                close = getattr(stages.engine, "close", None)
+                if close is not None:
+                    close()  # servers that were started are gone before the command ends
         except IsftError as error:
             run.outcome(error.exit_code, hide(error.render()), command)
             raise

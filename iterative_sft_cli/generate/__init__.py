@@ -11,7 +11,7 @@ from typing import Any
 from iterative_sft_cli.errors import ConfigError
 from iterative_sft_cli.generate.base import Engine, EngineOutOfMemory
 
-__all__ = ["Engine", "EngineOutOfMemory", "open_engine"]
+__all__ = ["Engine", "EngineOutOfMemory", "await_earlier_servers", "open_engine", "open_host"]
 
 
 def open_engine(
@@ -39,3 +39,25 @@ def open_engine(
     from iterative_sft_cli.generate.embedded import EmbeddedEngine
 
     return EmbeddedEngine(loaded, encoder=encoder, memory_gb=section.memory_gb)
+
+
+def starts_servers(section: Any) -> bool:
+    """Whether a `GenerateConfig` has isft start vLLM servers."""
+    return section.engine == "vllm" and not section.vllm.base_urls
+
+
+def open_host(section: Any, *, loaded: Any, run_dir: Path) -> Any:
+    """The vLLM servers of this host for a process that has no engine; None where isft starts none."""
+    if not starts_servers(section):
+        return None
+    from iterative_sft_cli.generate.vllm_host import HostServers
+
+    return HostServers(section, loaded=loaded, run_dir=run_dir, logs=None)
+
+
+def await_earlier_servers(section: Any, run_dir: Path) -> None:
+    """Return when the servers of an earlier process of this run have left the device, where there may be any."""
+    if starts_servers(section):
+        from iterative_sft_cli.generate.vllm_server import await_earlier
+
+        await_earlier(run_dir)

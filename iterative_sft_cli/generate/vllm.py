@@ -18,7 +18,7 @@ from iterative_sft_cli.generate.crew import Crew
 from iterative_sft_cli.generate.http_client import ServerError, stream_json
 from iterative_sft_cli.generate.vllm_host import HostServers
 from iterative_sft_cli.generate.vllm_others import OtherServers
-from iterative_sft_cli.generate.vllm_ours import OurServers
+from iterative_sft_cli.generate.vllm_ours import MAX_RESTARTS, OurServers
 from iterative_sft_cli.generate.vllm_proof import Proof, wanted_logprobs
 from iterative_sft_cli.generate.vllm_request import completion_body
 from iterative_sft_cli.generate.vllm_weights import Announced, Publisher, adapter_rank
@@ -53,7 +53,7 @@ class VllmEngine:
         if self.settings.base_urls:
             self.servers = OtherServers(section, proof=self._proof, base_dir=base_dir)
         else:
-            self.servers = OurServers(HostServers(section, loaded=loaded, logs=run_dir or shared))
+            self.servers = OurServers(HostServers(section, loaded=loaded, run_dir=run_dir, logs=run_dir or shared))
         self._prepared: Announced | None = None
         self._crew: Crew[Any, Completion] | None = None
 
@@ -161,8 +161,11 @@ class VllmEngine:
         names, servers = self.servers.names, self.servers
         if not names:
             raise RuntimeError("generate() needs begin() first")
+        max_retries = MAX_RETRIES
         if isinstance(servers, OurServers):
             servers.new_shard()
+            # the same request may be lost with every server that dies
+            max_retries += (MAX_RESTARTS + 1) * len(names)
 
         def ask(server: str, job: Any, on_tokens: Callable[[int], None], stopped: Callable[[], bool]) -> Completion:
             return self._complete(servers.address_of(server), job, decoding, on_tokens, stopped)
@@ -175,7 +178,7 @@ class VllmEngine:
             names,
             ask,
             concurrency=max(int(plan["max_rows"]) // len(names), 1),
-            max_retries=MAX_RETRIES,
+            max_retries=max_retries,
             recover=self._recover if isinstance(servers, OurServers) else None,
         )
         yield from self._crew.run(jobs, heartbeat)

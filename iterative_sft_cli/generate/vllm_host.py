@@ -18,7 +18,15 @@ from typing import Any
 
 from iterative_sft_cli.errors import ConfigError, DataError
 from iterative_sft_cli.generate.http_client import ServerError, tell
-from iterative_sft_cli.generate.vllm_server import LOOPBACK, SERVED_NAME, Server, free_port, serve_command
+from iterative_sft_cli.generate.vllm_server import (
+    LOOPBACK,
+    MARK,
+    SERVED_NAME,
+    Server,
+    free_port,
+    mark_of,
+    serve_command,
+)
 from iterative_sft_cli.generate.vllm_weights import Announced, Stage, adapter_rank
 
 TICK_S = 0.2
@@ -61,10 +69,11 @@ class Slot:
 class HostServers:
     """Starts nothing before `begin`. `section` is a `GenerateConfig`, `loaded` the trainer's `LoadedModel`.
 
-    `logs` is the folder for the servers' output; None makes one in the system's folder for temporary files.
+    `logs` is the folder for the servers' output; None makes one in the system's folder for temporary files. `run_dir` names the run
+    in their environment.
     """
 
-    def __init__(self, section: Any, *, loaded: Any, logs: Path | None) -> None:
+    def __init__(self, section: Any, *, loaded: Any, run_dir: Path | None, logs: Path | None) -> None:
         self.section, self.settings = section, section.vllm
         self.on_gpu = str(loaded.device).startswith("cuda")
         self.base = loaded.folder
@@ -72,6 +81,7 @@ class HostServers:
         self.address = LOOPBACK
         self.slots: list[Slot] = []
         self._logs = logs
+        self._mark = mark_of(run_dir or Path(f"/{os.getpid()}"))
         self._stage = Stage(Path(self.settings.stage_to) if self.settings.stage_to else None)
         self._weights: Announced | None = None
         self._folder: Path | None = None
@@ -186,7 +196,7 @@ class HostServers:
             dtype=self.dtype,
             host=self.address,
         )
-        environment = {"VLLM_SERVER_DEV_MODE": "1"}
+        environment = {"VLLM_SERVER_DEV_MODE": "1", MARK: self._mark}
         if rank is not None:
             environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if self.on_gpu:
@@ -204,7 +214,7 @@ class HostServers:
         slot.server, slot.asleep, slot.adapter = server, False, None
         try:
             server.wait(self.section.startup_timeout_s, look)
-        except Abandoned:
+        except BaseException:
             server.end()
             raise
         if rank is not None:
@@ -242,7 +252,9 @@ class HostServers:
                         where="generate.vllm",
                         hint=f"its whole output is in {server.log}",
                     )
-            self._start(slot, looking_at(given_up))
+            look = looking_at(given_up)
+            look()  # who gave up before may be waiting for the lock to end this server for good
+            self._start(slot, look)
 
     def pump(self) -> None:
         """Nothing comes from elsewhere."""

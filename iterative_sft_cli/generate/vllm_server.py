@@ -6,6 +6,8 @@ the server's process group when the pipe to it closes. Its development endpoints
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import signal
@@ -13,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,33 @@ LAUNCHER = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*"
 )
 """Variables of whoever started us as one of several processes: a server is none of them."""
+
+
+MARK = "ISFT_SERVES"
+"""Environment variable of a server and all that it starts: the run that it serves."""
+
+
+def mark_of(run_dir: Path) -> str:
+    """What `MARK` says for a run."""
+    return hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+
+
+def await_earlier(run_dir: Path, timeout_s: float = 60.0) -> None:
+    """Return when no server is left of an earlier process of this run: the guard of one that was killed takes a moment.
+
+    Linux only; after `timeout_s` whatever is left is left.
+    """
+    mark = f"{MARK}={mark_of(run_dir)}".encode()
+    deadline = time.monotonic() + timeout_s
+    while any(mark in environ.split(b"\0") for environ in _environments()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def _environments() -> Iterator[bytes]:
+    """Of every process of this user that can be read."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            yield path.read_bytes()
 
 
 def free_port(host: str = LOOPBACK) -> int:

@@ -22,6 +22,7 @@ from iterative_sft_cli.ranks.engine import RankedEngine
 from iterative_sft_cli.ranks.learner import RankedLearner
 from iterative_sft_cli.ranks.link import Link
 from iterative_sft_cli.ranks.placement import Placement, find_placement
+from iterative_sft_cli.ranks.servers import add_hosts
 
 LEAVE_S = 10.0
 """How long a process that we started may take to end before it is killed."""
@@ -141,6 +142,8 @@ class Ranks:
                     )
         open_collectives(link, parts)
         engine = RankedEngine(parts.engine, link) if parts.spreads else parts.engine
+        if getattr(engine, "shares_device", False):
+            add_hosts(link, engine)
         return RankedLearner(parts.learner, link), engine
 
     def check(self) -> None:

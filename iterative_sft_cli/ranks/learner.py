@@ -113,6 +113,14 @@ class RankedLearner:
         self._link.command("offload")
         self._together(self._local.offload)
 
+    def offload_weights(self) -> None:
+        """Move the weights away too, on every rank; returns when all have."""
+        self._link.command("offload_weights")
+        away = getattr(self._local, "offload_weights", None)
+        if away is not None:
+            away()
+        self._link.meet()
+
     def reload(self) -> None:
         """Undo `offload`."""
         self._link.command("reload")

@@ -23,6 +23,7 @@ from iterative_sft_cli.ranks.judging import RankJudge, hashes_of
 from iterative_sft_cli.ranks.learner import problem_of, take_part
 from iterative_sft_cli.ranks.link import Link
 from iterative_sft_cli.ranks.placement import Placement
+from iterative_sft_cli.ranks.servers import do_errand, tell_host
 from iterative_sft_cli.ranks.wire import from_completion, pack, to_decoding, to_requests, to_rows, unpack
 from iterative_sft_cli.train.base import TrainOutOfMemory
 from iterative_sft_cli.watchdog import Watchdog
@@ -76,9 +77,10 @@ class Worker:
         try:
             self.timeout_s = float(setup["timeout_s"])
             parts = open_parts(setup)
-            self.learner, self.engine = parts.learner, parts.engine
+            self.learner, self.engine, self.servers = parts.learner, parts.engine, getattr(parts, "servers", None)
             self.judge = RankJudge(parts.encoder, parts.filters, link)
             link.put(f"ready/{link.rank}", [parts.base_hash, hashes_of(parts.filters)])
+            tell_host(link, self.servers)
             open_collectives(link, parts)
         except (Ended, RankError):
             raise
@@ -98,6 +100,9 @@ class Worker:
                     self._fail(error)
         finally:
             self.judge.close()
+            if self.servers is not None:
+                self.link.leave()  # rank 0 need not wait for their end
+                self.servers.close()
 
     def _fail(self, error: Exception) -> None:
         """Tell rank 0, whose run this ends, and wait for that end."""
@@ -162,6 +167,13 @@ class Worker:
         """Free what generation does not need."""
         self.learner.offload()
 
+    def do_offload_weights(self, command: dict[str, Any], part: Any) -> None:
+        """Leave the device to servers, which take those of all ranks: none of them begins before all have left."""
+        away = getattr(self.learner, "offload_weights", None)
+        if away is not None:
+            away()
+        self.link.meet()
+
     def do_reload(self, command: dict[str, Any], part: Any) -> None:
         """Undo that."""
         self.learner.reload()
@@ -184,6 +196,12 @@ class Worker:
         """Keep what is read of these prompts for all shards to come."""
         if self.engine is not None:
             self.engine.keep_prompts([tuple(prompt) for prompt in command["prompts"]])
+
+    def do_servers(self, command: dict[str, Any], part: Any) -> None:
+        """What rank 0 asks of this host's vLLM servers, where this rank tends them."""
+        if command["rank"] == self.link.rank and self.servers is not None:
+            answer = do_errand(self.link, self.servers, command["what"], command["values"])
+            self.link.say("servers", number=command["number"], answer=answer)
 
     def do_generate(self, command: dict[str, Any], part: Any) -> None:
         """Make shards until none is left."""

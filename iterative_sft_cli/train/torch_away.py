@@ -32,14 +32,14 @@ class Away:
     def __init__(self, tensors: Iterable[Tensor], *, disk: bool) -> None:
         self._file = _nameless() if disk else None
         self._held: list[tuple[torch.UntypedStorage, int, Tensor | None]] = []
-        seen: set[tuple[str, int]] = set()
+        seen: set[int] = set()
         devices: set[str] = set()
         try:
             for tensor in tensors:
                 storage = _emptiable(tensor).untyped_storage()
-                key = (str(storage.device), storage.data_ptr())
-                if storage.nbytes() and key not in seen:
-                    seen.add(key)
+                # an address of memory would not do: what was given back is handed out again
+                if storage.nbytes() and storage._cdata not in seen:
+                    seen.add(storage._cdata)
                     devices.add(storage.device.type)
                     self._put(storage)
         except BaseException as error:

@@ -32,7 +32,7 @@ def learner(tmp_path: Path) -> TorchLearner:
 
 def whole_learner(folder: Path) -> TorchLearner:
     """Every weight trained in fp32 and computed with in bfloat16."""
-    tiny.save_tiny(folder / "whole", model=tiny.tiny_llama(), tokenizer=tiny.tiny_tokenizer())
+    tiny.save_tiny(folder / "whole", model=tiny.tiny_llama(), tokenizer=tiny.tiny_tokenizer(), dtype="float32")
     section = ModelConfig(path=str(folder / "whole"), dtype="bfloat16")
     train = TrainConfig(start_from="base", data="replace", learning_rate=0.01)
     return TorchLearner(train, loaded=load_model(section, seed=3, base_dir=folder))
