@@ -193,7 +193,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     offload: Literal["auto", "host", "disk", "none"] = "auto"
-    """Where weights and optimizer wait while the engine has the GPU; auto moves them only when a GPU is shared."""
+    """Where the optimizer, and beside vLLM servers that isft starts the weights too, wait while the engine generates: host memory, or a file in TMPDIR; auto is host for what is on a GPU and moves nothing on a CPU."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """How training is spread over processes."""
     max_length: Count | None = None

@@ -58,7 +58,7 @@ class Away:
     def _put(self, storage: torch.UntypedStorage) -> None:
         whole, kept = _bytes_of(storage), None
         if self._file is None:
-            kept = whole.cpu()
+            kept = whole.to("cpu", copy=True)
         else:
             for piece in torch.split(whole, _PIECE):
                 self._write(piece)
