@@ -22,6 +22,8 @@ from iterative_sft_cli.types import Prompt
 GB = 1e9
 LIBRARIES_CPU, LIBRARIES_GPU = 0.55 * GB, 1.2 * GB
 """What torch, transformers and, on a GPU, the CUDA context and its libraries take before a model is there."""
+SERVER_CPU = 1.3 * GB
+"""What a vLLM server takes on a CPU beside weights, keys and values: two processes with its libraries."""
 SHARE = 0.25
 """Of the device's memory: what the cache of a shard, and the activations of a micro-batch, are sized by when they are `auto`."""
 HEAD_TOKENS = 256
@@ -132,6 +134,9 @@ def estimate(
         "activations": tokens * at_once + HEAD_TOKENS * shape.vocabulary * (4 + low),
     }
     off = train.offload == "disk" or (gpu and train.offload != "none")
+    servers = server_bytes(generate, low * total, device_bytes, gpu, processes)
+    if servers and not gpu and generate.vllm.while_training != "stop":
+        training["servers"] = servers
     cache = 2.0 * shape.layers * shape.kv_heads * shape.head_dim * low
     allowed = device_bytes * SHARE if generate.memory_gb == "auto" else float(generate.memory_gb) * 2**30
     samples = 512 if gpu else 192 * max(1, (os.cpu_count() or 1) // processes)
@@ -143,19 +148,31 @@ def estimate(
         "optimizer": 0.0 if off else moments * trained / cut,
         "cache": min(allowed, samples * longest * cache),
     }
-    serves = generate.engine == "vllm" and generate.vllm is not None and not generate.vllm.base_urls
     if generate.engine != "transformers":
         del generating["cache"]
-        generating["weights"] = live
-        if serves:
-            generating["servers"] = low * total / int(generate.vllm.tensor_parallel_size) + min(
-                allowed, SHARE * device_bytes
-            )
+        # where isft starts servers the trainer's weights leave with the optimizer
+        generating["weights"] = 0.0 if servers and off else live
+        if servers:
+            generating["servers"] = servers
     saved = shape.stored * total if adapter is None else 4.0 * trained
     keeps = train.start_from == "previous"
     reads = 0.0 if keeps else float(shape.stored * total if adapter is None else 4.0 * trained)
-    served = float(saved) if serves else 0.0
+    served = float(saved) if servers else 0.0
     return Memory(training, generating, saved, 12.0 * trained if keeps else 0.0, reads, served)
+
+
+def server_bytes(generate: Any, weights: float, device_bytes: float, gpu: bool, processes: int) -> float:
+    """What the vLLM servers that isft starts take of one process's device: of a GPU its part of a server, of the host's memory this
+    process's share of all servers of the host. 0.0 where none is started."""
+    if generate.engine != "vllm" or generate.vllm is None or generate.vllm.base_urls:
+        return 0.0
+    section = generate.vllm
+    if gpu:
+        # vLLM fills its part of the GPU with keys and values, and has to fit its weights
+        return max(float(section.gpu_memory_utilization) * device_bytes, weights / int(section.tensor_parallel_size))
+    cache = 2.0 if generate.memory_gb == "auto" else max(int(generate.memory_gb), 1)
+    each = SERVER_CPU + weights + cache * 2**30
+    return each * (1 if section.servers == "auto" else int(section.servers)) / processes
 
 
 def activation_bytes(shape: Shape, low: int, longest: int, checkpointing: bool, gpu: bool) -> float:

@@ -96,6 +96,40 @@ def test_plan_prints_both_phases_and_refuses_with_three_ways_out(tmp_path, capsy
     assert all(way in said for way in ("(1) train an adapter", "(2) cut the model", "(3) take a smaller"))
 
 
+def test_servers_and_trainer_never_have_a_gpu_together(tmp_path):
+    config = write(tmp_path, init(LARGE), parallel="fsdp2")
+    serve = {"engine": "vllm", "vllm": {"tensor_parallel_size": 8, "gpu_memory_utilization": 0.8}}
+    tree = yaml.safe_load(config.read_text())
+    tree["generate"] |= serve
+    config.write_text(yaml.safe_dump(tree, sort_keys=False))
+    _, found = of(config, processes=32)
+    assert found.generate["weights"] == found.generate["optimizer"] == 0.0
+    assert found.generate["servers"] == 0.8 * 80 * GB and "servers" not in found.train
+    tree["train"]["offload"] = "none"
+    config.write_text(yaml.safe_dump(tree, sort_keys=False))
+    stays = of(config, processes=32)[1].generate
+    assert stays["weights"] + stays["optimizer"] > 10 * GB
+
+
+def test_servers_on_a_cpu_keep_their_memory_unless_they_stop(tmp_path):
+    config = write(tmp_path, init(SMALL))
+    tree = yaml.safe_load(config.read_text())
+    tree["generate"] |= {"engine": "vllm", "memory_gb": 4, "vllm": {"servers": 2}}
+    options = {"gpu": False, "device_bytes": 64 * GB}
+
+    def planned(**vllm):
+        tree["generate"]["vllm"] |= vllm
+        config.write_text(yaml.safe_dump(tree, sort_keys=False))
+        return of(config, **options)
+
+    shape, found = planned()
+    assert found.train["servers"] == found.generate["servers"] > 2 * (2 * shape.parameters + 4 * 2**30)
+    assert found.generate["weights"] > 0
+    tree["train"]["offload"] = "disk"
+    _, found = planned(while_training="stop")
+    assert "servers" not in found.train and found.generate["weights"] == found.generate["optimizer"] == 0.0
+
+
 def test_without_a_shape_at_hand_nothing_is_said(tmp_path, capsys):
     assert isft(["plan", str(write(tmp_path, {"path": "some/model"})), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["memory"] is None
