@@ -157,9 +157,6 @@ class HostServers:
         if slot.asleep and slot.server is not None:
             tell(f"{slot.server.address}/wake_up", timeout_s=600)
             slot.asleep = False
-            if adapter_rank(self._serving()) is not None:
-                # sleep dropped the base model's weights too
-                self._reload(slot, self.base)
 
     def _serving(self) -> Path:
         assert self._folder is not None
@@ -170,14 +167,10 @@ class HostServers:
         folder = self._serving()
         assert slot.server is not None and self._weights is not None
         if adapter_rank(folder) is None:
-            self._reload(slot, folder)
+            reload_weights(slot.server.address, folder, self.section.startup_timeout_s)
             return
         load_adapter(slot.server.address, self._weights.name, folder, slot.adapter, self.section.startup_timeout_s)
         slot.adapter = self._weights.name
-
-    def _reload(self, slot: Slot, folder: Path) -> None:
-        assert slot.server is not None
-        reload_weights(slot.server.address, folder, self.section.startup_timeout_s)
 
     # -- processes -------------------------------------------------------------------------------------------------
 
@@ -276,7 +269,9 @@ class HostServers:
             if slot.server is None or slot.asleep or not slot.server.running():
                 return
             try:
-                tell(f"{slot.server.address}/sleep?level=2", timeout_s=120)
+                # level 2 drops the weights, which new ones replace; a base model under an adapter is to be there again
+                level = 2 if slot.adapter is None else 1
+                tell(f"{slot.server.address}/sleep?level={level}", timeout_s=120)
                 slot.asleep = True
             except ServerError:
                 slot.server.stop()

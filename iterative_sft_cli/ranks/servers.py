@@ -72,6 +72,9 @@ def add_hosts(link: Link, engine: Any) -> None:
         named = seen.setdefault(key, (rank, []))[1]
         named += [gpu for gpu in gpus if gpu not in named]
     errands = Errands(link)
+    if link.placement.launcher == "isft":
+        # --gpus N: every rank sees them all, and N are ours
+        seen = {key: (rank, gpus[: link.size]) for key, (rank, gpus) in seen.items()}
     for rank, gpus in seen.values():
         if rank == 0:
             here.open(gpus)

@@ -5,8 +5,8 @@
 A FOLDER without w.json holds a Llama, which tiny_numpy.py computes. Faults: `never_healthy`, `exit` (at once), `die_after=N` (kills
 itself at the N-th completion, once per FOLDER), `dies=N` (at its N-th completion, always), `deaf` (reload_weights does nothing),
 `wrong` (serves other weights whatever it is told), `restless` (does not sleep), `hang_after=N` (stops answering in mid-stream, once).
-FAKE_VLLM_JOURNAL names a file to which it appends what it does, FAKE_VLLM_PAUSE_S how long it thinks about a completion. Within a
-test it runs as a thread.
+FAKE_VLLM_JOURNAL names a file to which it appends what it does, FAKE_VLLM_PAUSE_S how long it thinks about a completion,
+FAKE_VLLM_END_S how long it takes to end. Within a test it runs as a thread.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class FakeServer(ThreadingHTTPServer):
         if fault == "wrong":
             self.weight += 0.4
         self.asleep = False
+        self.adapted = 0.0
+        """What is wrong with the model under an adapter."""
         self.adapters: dict[str, float] = {}
         self.fault, _, number = fault.partition("=")
         self.number = int(number or 0)
@@ -142,11 +144,13 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/unload_lora_adapter":
             server.adapters.pop(body["lora_name"])
             self.answer(200, {})
-        elif self.path == "/sleep?level=2" and server.fault == "restless":
+        elif self.path.startswith("/sleep") and server.fault == "restless":
             self.answer(500, {"error": "no memory allocator"})
-        elif self.path == "/sleep?level=2":
-            # what it served is gone until it is loaded again
-            server.asleep, server.weight = True, 1.7
+        elif self.path in ("/sleep?level=1", "/sleep?level=2"):
+            server.asleep = True
+            if self.path.endswith("2"):
+                # what it served is gone until it is loaded again
+                server.weight, server.adapted = 1.7, 1.7
             note("sleep")
             self.answer(200, {})
         elif self.path == "/wake_up":
@@ -164,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def complete(self, body: dict[str, Any]) -> None:
         server = self.server
-        weight = server.adapters.get(body["model"], server.weight)
+        weight = server.adapters[body["model"]] + server.adapted if body["model"] in server.adapters else server.weight
         if server.asleep:
             self.answer(500, {"error": "asleep"})
             return
@@ -239,7 +243,12 @@ def main() -> None:
     print("fake vllm", *arguments, "on", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
     if fault == "exit":
         sys.exit("no such architecture")
-    signal.signal(signal.SIGTERM, lambda *_: die(0))
+
+    def end(*_: object) -> None:
+        time.sleep(float(os.environ.get("FAKE_VLLM_END_S", "0")))
+        die(0)
+
+    signal.signal(signal.SIGTERM, end)
     note("start", folder=arguments[1], host=options.get("--host"))
     host = options.get("--host", "127.0.0.1")
     FakeServer(Path(arguments[1]), host=host, port=int(options["--port"]), fault=fault).serve_forever()

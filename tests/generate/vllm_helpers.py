@@ -42,11 +42,13 @@ def open_vllm(loaded: Any, tmp_path: Path, engines: list[VllmEngine], **settings
     return engine
 
 
-def fake_python(tmp_path: Path, fault: str = "") -> str:
-    """An "interpreter" that runs the stand-in whatever module it is asked for."""
+def fake_python(tmp_path: Path, fault: str = "", *, only_first: bool = False) -> str:
+    """An "interpreter" that runs the stand-in whatever module it is asked for, with `only_first` the first start alone with the fault."""
     script = tmp_path / "fake-python"
     fake = Path(__file__).with_name("fake_vllm.py")
-    script.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {fake} "$@" {"--fault " + fault if fault else ""}\n')
+    claim = f'mkdir "{tmp_path}/claimed" 2>/dev/null && ' if only_first else ""
+    more = f'{claim}set -- "$@" --fault {fault}\n' if fault else ""
+    script.write_text(f'#!/bin/sh\nshift 2\n{more}exec {sys.executable} {fake} "$@"\n')
     script.chmod(0o755)
     return str(script)
 

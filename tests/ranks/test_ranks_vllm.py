@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from rank_helpers import rows, steps, write_tiny
+from rank_helpers import rows, steps, weights_of, write_tiny
 
 FAKE = Path(__file__).resolve().parents[1] / "generate" / "fake_vllm.py"
 QUICK = {"ISFT_RANK_PATIENCE_S": "0.3,20,60,60"}
@@ -152,7 +152,7 @@ def test_a_run_that_fails_in_mid_phase_goes_on_apart_too(forks, tmp_path, model,
 
 def test_a_killed_run_goes_on_when_its_servers_are_gone(forks, tmp_path, model, said):
     config = write_config(tmp_path, model, vllm={"while_training": "stop"}, rounds=1)
-    (pid,) = started(forks, tmp_path, 1, config, FAKE_VLLM_PAUSE_S="0.2")
+    (pid,) = started(forks, tmp_path, 1, config, FAKE_VLLM_PAUSE_S="0.2", FAKE_VLLM_END_S="10")
     deadline = time.monotonic() + 60
     while not list((tmp_path / "run").glob("rounds/*/*.journal")):
         assert time.monotonic() < deadline, said(0)
@@ -164,11 +164,21 @@ def test_a_killed_run_goes_on_when_its_servers_are_gone(forks, tmp_path, model, 
     check_apart(journal(tmp_path))  # the killed trainer had left the device and never comes back
 
 
-def test_ranks_of_one_host_have_one_set_of_servers(forks, tmp_path, model, said):
-    config = write_config(tmp_path, model, vllm={"while_training": "stop"}, rounds=1)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_ranks_of_one_host_have_one_set_of_servers(forks, tmp_path, model, said, parallel):
+    """What leaves comes back: the same weights as when all stays where it is."""
+    vllm, train = {"while_training": "stop"}, {"parallel": parallel, "optimizer_state": "keep"}
+    config = write_config(tmp_path, model, vllm=vllm, train=train)
     assert forks.wait(started(forks, tmp_path, 2, config)) == [0, 0], said(0) + said(1)
+    other = tmp_path / "other"
+    other.mkdir()
+    stays = write_config(other, model, train={**train, "offload": "none"})
+    assert forks.run(other, 2, "train", str(stays), **QUICK) == [0, 0]
+    for key in ("0001", "0002"):
+        first, second = weights_of(tmp_path / "run", key), weights_of(other / "run", key)
+        assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
     found = journal(tmp_path)
-    check_samples(tmp_path / "run", rounds=1)
+    check_samples(tmp_path / "run")
     check_apart(found)
     sessions = len([row for row in events(found, "away") if row["rank"] == 0])
     assert len(events(found, "start")) == 2 * sessions
