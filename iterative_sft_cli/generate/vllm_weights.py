@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from iterative_sft_cli.errors import DataError, StorageError
+from iterative_sft_cli.rundir.fs import foreign_error
 from iterative_sft_cli.rundir.integrity import Damage, Stamp, is_inside, read_document, render_document, stamp_files
 
 MANIFEST = "MANIFEST.json"
@@ -60,15 +61,22 @@ class Publisher:
         self._numbers = itertools.count(1)
 
     def publish(self, write: Callable[[Path], None]) -> Announced:
-        """The folder that `write` fills; its manifest is there last."""
+        """The folder that `write` fills; its manifest is there last. Raises StorageError when the disk refuses."""
         name = self._new_name()
         folder = self.shared / name
-        self.shared.mkdir(parents=True, exist_ok=True)
-        write(folder)
-        files = stamps_of(folder)
-        part = folder / f".{MANIFEST}.part"
-        part.write_bytes(render_document({"files": files}))
-        os.replace(part, folder / MANIFEST)
+        try:
+            self.shared.mkdir(parents=True, exist_ok=True)
+            write(folder)
+            files = stamps_of(folder)
+            part = folder / f".{MANIFEST}.part"
+            part.write_bytes(render_document({"files": files}))
+            os.replace(part, folder / MANIFEST)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            refused = foreign_error(error, folder)
+            if refused is not None:
+                raise refused from error
+            raise
         return Announced(name, folder, files, checked=True)
 
     def announce(self, folder: Path) -> Announced:

@@ -10,6 +10,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from iterative_sft_cli.generate.vllm_weights import Announced
 from iterative_sft_cli.ranks.link import Link
 from iterative_sft_cli.rundir import system
 
-WAIT_S = 0.2
+WAIT_S, PUMP_S = 0.2, 0.1
 
 
 def host_key() -> str:
@@ -102,6 +103,7 @@ class Errands:
         self._answers: dict[int, Any] = {}
         self._posted: queue.SimpleQueue[Posted] = queue.SimpleQueue()
         self._waiting: dict[int, Posted] = {}
+        self._pumped = 0.0
         self.owner = threading.get_ident()
 
     def send(self, rank: int, what: str, **values: Any) -> int:
@@ -115,7 +117,11 @@ class Errands:
         self._posted.put(errand)
 
     def pump(self, wait_s: float = 0.0) -> None:
-        """Send what was posted, and hand on what has been answered."""
+        """Send what was posted, and hand on what has been answered; without a wait, at most every PUMP_S seconds."""
+        now = time.monotonic()
+        if not wait_s and now - self._pumped < PUMP_S:
+            return
+        self._pumped = now
         while not self._posted.empty():
             one = self._posted.get()
             if not one.given_up():

@@ -48,8 +48,8 @@ def note(event: str, **more: Any) -> None:
             file.write(line)
 
 
-def die(code: int = 1) -> None:
-    note("stop")
+def die(code: int = 1, **more: Any) -> None:
+    note("stop", **more)
     os._exit(code)
 
 
@@ -193,9 +193,9 @@ class Handler(BaseHTTPRequestHandler):
         once = server.folder / f"{server.fault}.done"
         if server.fault == "die_after" and number >= server.number and not once.exists():
             once.touch()
-            die()
+            die(died=True)
         if server.fault == "dies" and number >= server.number:
-            die()
+            die(died=True)
         time.sleep(float(os.environ.get("FAKE_VLLM_PAUSE_S", "0")))
         ids, reason = completion_of(body["prompt"], body["seed"], body["max_tokens"])
         if body["stop"] and reason == "stop" and len(ids) > 3:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from iterative_sft_cli.errors import DataError
+from iterative_sft_cli.errors import DataError, StorageError
 from iterative_sft_cli.generate import vllm_weights
 from iterative_sft_cli.generate.vllm_weights import MANIFEST, Announced, Publisher, Stage
 
@@ -43,6 +43,17 @@ def test_the_manifest_is_there_last_and_names_every_file(tmp_path: Path) -> None
     assert not first.folder.exists() and second.folder.exists()
     publisher.forget(None)
     assert not (tmp_path / "shared").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("I/O error (os error 28)")])
+def test_a_full_disk_is_a_named_error_and_leaves_nothing(tmp_path: Path, error: Exception) -> None:
+    def fails(folder: Path) -> None:
+        write(folder)
+        raise error
+
+    with pytest.raises(StorageError, match="No space left"):
+        Publisher(tmp_path / "shared").publish(fails)
+    assert not list((tmp_path / "shared").iterdir())
 
 
 def test_a_host_copies_once_and_forgets_what_no_server_reads(tmp_path: Path) -> None:

@@ -132,7 +132,9 @@ def test_a_server_that_dies_in_mid_phase_is_started_again_apart_from_the_trainer
     found = journal(tmp_path)
     check_samples(tmp_path / "run", rounds=1)
     check_apart(found)
-    assert len(events(found, "start")) % 2 == 1
+    # it may still be starting when the other has made all samples
+    assert len(events(found, "start")) - 2 * len(events(found, "away")) in (0, 1)
+    assert [row["died"] for row in found if "died" in row] == [True]
 
 
 def test_a_run_that_fails_in_mid_phase_goes_on_apart_too(forks, tmp_path, model, said):
@@ -207,7 +209,7 @@ def test_each_host_has_servers_of_its_own_and_copies_once(forks, tmp_path, model
     check_apart([row for row in found if not row["event"].startswith("copy")])
     sessions = len([row for row in events(found, "away") if row["rank"] == 0])
     starts = events(found, "start")
-    assert len(starts) == 4 * sessions + 1
+    assert len(starts) - 4 * sessions in (0, 1) and any("died" in row for row in found)
     for rank in (0, 1):
         assert len([row for row in events(found, "copy model.safetensors") if row["rank"] == rank]) == sessions
         assert len({row["folder"] for row in starts if f"host{rank}" in row["folder"]}) == sessions
