@@ -13,8 +13,10 @@ from rank_helpers import rows, steps, weights_of, write_tiny
 FAKE = Path(__file__).resolve().parents[1] / "generate" / "fake_vllm.py"
 QUICK = {"ISFT_RANK_PATIENCE_S": "0.3,20,60,60"}
 JOURNAL = """
-import json, os, time
+import json, os, tempfile, time
 from iterative_sft_cli.train.torch_learner import TorchLearner
+
+tempfile.tempdir = os.path.dirname(os.environ["FAKE_VLLM_JOURNAL"])
 
 def note(event):
     line = {"at": time.time(), "pid": os.getpid(), "who": "trainer", "event": event, "rank": RANK}

@@ -45,7 +45,12 @@ def test_each_host_serves_in_the_jobs_network(two_hosts, tmp_path, model, said):
     started = []
     for rank, name in enumerate(("isft-s-a", "isft-s-b", "isft-s-b")):
         place = {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(max(0, rank - 1)), "MASTER_PORT": "29893"}
-        more = {"MASTER_ADDR": HOSTS["isft-s-a"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        more = {
+            "MASTER_ADDR": HOSTS["isft-s-a"],
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(tmp_path),
+        }
         more |= {"FAKE_VLLM_JOURNAL": str(tmp_path / "journal"), "FAKE_VLLM_PAUSE_S": "0.05"}
         out = open(tmp_path / f"rank{rank}.txt", "ab")
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "iterative_sft_cli", "train", str(config)]
