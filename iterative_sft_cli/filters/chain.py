@@ -19,7 +19,7 @@ from iterative_sft_cli.filters.contract import Outcome
 from iterative_sft_cli.filters.resolve import is_read, unread_scores
 from iterative_sft_cli.filters.resolved import ResolvedFilter
 from iterative_sft_cli.filters.round_part import judge_round_part
-from iterative_sft_cli.filters.runners import Runner
+from iterative_sft_cli.filters.runners import DirectRunner, Runner
 from iterative_sft_cli.filters.runtime import Runtime
 from iterative_sft_cli.filters.says import GENERATE, FilterSays, Judged
 from iterative_sft_cli.types import PROMPT_TOO_LONG, STOP, Sample
@@ -114,6 +114,11 @@ class FilterChain:
     def needs_device(self) -> bool:
         """Whether a streaming filter waits for the accelerator: then call `finish` after the engine has left it."""
         return any(one.needs_device for one in self.filters[: self.streaming_end])
+
+    @property
+    def at_once(self) -> bool:
+        """Whether every streaming filter is a function in this process: judging takes no time to speak of."""
+        return all(isinstance(runner, DirectRunner) for runner in self.runners[: self.streaming_end])
 
     def not_prefix_stable(self) -> list[str]:
         """Names of filters with which `until_accepted` cannot work: their verdict on a sample depends on later ones."""

@@ -13,8 +13,8 @@ from iterative_sft_cli.types import Decoding, Request
 
 ROWS_A_STREAM = 192
 """Rows at once in each of the streams that a shard's decoding is dealt to on a CPU."""
-LEAST_ROWS_A_STREAM = 16
-"""A shard with fewer rows for each has fewer streams, with more threads in each."""
+LEAST_ROWS_A_STREAM = 24
+"""A shard with fewer rows for each has fewer streams, with more threads in each: small products are bound by reading the weights."""
 MAX_ROWS_CUDA = 512
 PREFILL_TOKENS_CPU = 512
 PREFILL_TOKENS_CUDA = 8192

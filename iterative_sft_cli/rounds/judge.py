@@ -65,7 +65,7 @@ class RoundJudge:
         self.shards = stages.run.shards
         self.by_id = {prompt.prompt_id: prompt for prompt in prompts}
         self.decoding = config.generate.decoding(eos_token_ids=stages.encoder.eos_token_ids)
-        self.waves: Waves = plan_waves(config.generate, prompts)
+        self.waves: Waves = plan_waves(config.generate, prompts, pairs=chain.at_once)
         self._ids: dict[str, tuple[int, ...]] = {}
         self._number = 0
         self._tokens = tokens_so_far(stages.run.stats.rows())

@@ -77,36 +77,48 @@ class UntilAccepted:
     """Waves of one size for the prompts that have not `wanted` accepted samples yet, at most `most` samples each.
 
     Wave w + 1 looks at the verdicts up to wave w - 1, so that the filters of one wave run beside the generation of the next.
-    The first two look at none and are drawn as one.
+    The first two look at none and are drawn as one. With `pairs` every two are: the samples are the same, in fewer and larger
+    batches, where filters answer at once and have nothing to run beside.
     """
 
     adaptive = returns = True
-    _pair = 0
-    """The number of the two waves that are drawn as one."""
+    _first = 0
+    """The number of the two waves that are drawn as one in any case."""
 
-    def __init__(self, prompts: Sequence[Prompt], wanted: int, most: int, size: int | None = None) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], wanted: int, most: int, size: int | None = None, *, pairs: bool = False
+    ) -> None:
         self._prompts = prompts
         self._wanted = dict.fromkeys((prompt.prompt_id for prompt in prompts), wanted)
         self._most = most
         self._size = min(size, most) if size is not None else wave_size(wanted, most)
         self._drawn: dict[str, int] = {}
+        self._pairs = pairs
 
     def waits_for(self, wave: int) -> int:
-        """All waves but the one before; what follows the pair that was drawn as one needs that."""
-        return wave if wave <= self._pair + 1 else wave - 1
+        """All waves but the one before; what follows a pair that was drawn as one needs that."""
+        return wave if self._pairs or wave <= self._first + 1 else wave - 1
 
     def plan(self, wave: int, passed: Passed) -> list[Draw] | None:
         """A further piece for every prompt that is short of its number."""
-        size = 2 * self._size if wave == self._pair else self._size
         draws = []
         for prompt in self._prompts:
             key = prompt.prompt_id
             first = self._drawn.get(key, 0)
-            known = sum(index < self._looks_at(first) for index in passed.get(key, ()))
-            if first < self._most and known < self._wanted[key]:
-                draws.append(Draw(prompt, first, min(size, self._most - first)))
+            due = self._due(wave, first, passed.get(key, ()), self._wanted[key])
+            if first < self._most and due:
+                draws.append(Draw(prompt, first, min(due * self._size, self._most - first)))
                 self._drawn[key] = first + draws[-1].count
         return draws or None
+
+    def _due(self, wave: int, drawn: int, indices: Sequence[int], wanted: int) -> int:
+        """In how many of the waves that are drawn now a prompt takes part."""
+
+        def short(upto: int) -> bool:
+            return sum(index < upto for index in indices) < wanted
+
+        first = short(self._looks_at(drawn))
+        return first + short(drawn) if self._pairs else first * (2 if wave == self._first else 1)
 
     def _looks_at(self, drawn: int) -> int:
         """How many of a prompt's `drawn` samples are looked at: all but those of the wave before."""
@@ -123,10 +135,19 @@ class ByDifficulty(UntilAccepted):
     Source: Tong et al. 2024, "DART-Math", section 3.1; the hardest prompts of the pilot get `wanted`.
     """
 
-    _pair = 1
+    _first = 1
 
-    def __init__(self, prompts: Sequence[Prompt], wanted: int, most: int, pilot: int, size: int | None = None) -> None:
-        super().__init__(prompts, wanted, most, size)
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        wanted: int,
+        most: int,
+        pilot: int,
+        size: int | None = None,
+        *,
+        pairs: bool = False,
+    ) -> None:
+        super().__init__(prompts, wanted, most, size, pairs=pairs)
         self._pilot = min(pilot, most)
         self._hardest = wanted
 
@@ -226,16 +247,16 @@ def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def plan_waves(section: Any, prompts: Sequence[Prompt]) -> Waves:
-    """The waves of a round under `generate` (of that round)."""
+def plan_waves(section: Any, prompts: Sequence[Prompt], *, pairs: bool) -> Waves:
+    """The waves of a round under `generate` (of that round); `pairs`: see `UntilAccepted`."""
     num_samples = int(section.samples_per_prompt)
     if section.budget is not None and section.budget.kind == "gvm":
         return ByVariance(prompts, num_samples, section.budget.pilot, section.budget.alpha, section.budget.beta)
     if section.budget is not None:
         wanted = int(section.until_accepted)
-        return ByDifficulty(prompts, wanted, num_samples, section.budget.pilot, section.wave_size)
+        return ByDifficulty(prompts, wanted, num_samples, section.budget.pilot, section.wave_size, pairs=pairs)
     if section.until_accepted is not None:
-        return UntilAccepted(prompts, int(section.until_accepted), num_samples, section.wave_size)
+        return UntilAccepted(prompts, int(section.until_accepted), num_samples, section.wave_size, pairs=pairs)
     if section.until_total is not None:
         return UntilTotal(prompts, num_samples, int(section.until_total))
     return OneWave(prompts, num_samples)

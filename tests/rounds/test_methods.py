@@ -39,6 +39,21 @@ def test_until_accepted_stops_prompts_and_records_the_surplus(toy, tmp_path):
     assert len(samples) < 12 * 8 and verify(tmp_path / "run") == []
 
 
+def test_waves_are_drawn_in_pairs_where_filters_answer_at_once_and_one_by_one_where_they_take_time(toy, tmp_path):
+    (tmp_path / "mine.py").write_text("def slow(sample):\n    return True\n")
+    changes = {"rounds": 1, "generate": {"until_accepted": 1, "samples_per_prompt": 8}}
+    filters = ["finished", "numeric_answer"]
+    run(toy(output_dir="pairs", filters=filters, **changes))
+    run(toy(output_dir="single", filters=[*filters, "mine.py:slow"], **changes))
+    shards, samples = {}, {}
+    for name in ("pairs", "single"):
+        paths = sorted((tmp_path / name / "rounds/0001").glob("generated-*.jsonl"))
+        shards[name] = [len(rows(path)) for path in paths]
+        samples[name] = {one["sample_id"]: one["completion"] for path in paths for one in rows(path)}
+    assert samples["pairs"] == samples["single"]
+    assert len(shards["pairs"]) == 4 and len(shards["single"]) == 7, shards
+
+
 def test_dedup_of_a_later_wave_sees_the_earlier_ones(toy, tmp_path):
     run(toy(rounds=1, generate={"until_accepted": 2, "samples_per_prompt": 8}))
     samples = stored(tmp_path, 1)

@@ -1,6 +1,8 @@
 """Waves are pure functions of the config, the prompts and the verdicts they wait for."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from iterative_sft_cli.rounds.waves import (
     ByDifficulty,
@@ -79,6 +81,26 @@ def test_every_wave_has_one_size_and_the_first_two_are_drawn_as_one():
     ]
     drawn, _ = play(UntilAccepted(PROMPTS, 2, 20, size=5), right)
     assert [set(wave.values()) for wave in drawn] == [{(0, 10)}, {(10, 5)}, {(15, 5)}]
+
+
+@given(
+    st.lists(st.sets(st.integers(0, 19)), min_size=4, max_size=4),
+    st.integers(1, 4),
+    st.integers(4, 20),
+    st.integers(1, 6),
+    st.sampled_from([None, 1, 3]),
+)
+def test_pairs_draw_the_same_samples_in_fewer_batches(right, wanted, most, size, pilot):
+    def waves(pairs):
+        if pilot is None:
+            return UntilAccepted(PROMPTS, wanted, most, size, pairs=pairs)
+        return ByDifficulty(PROMPTS, wanted, most, pilot, size, pairs=pairs)
+
+    by_prompt = dict(zip("abcd", right, strict=True))
+    (one, passed), (two, again) = (play(waves(pairs), by_prompt, upto=99) for pairs in (False, True))
+    drawn = [{key: sum(wave.get(key, (0, 0))[1] for wave in each) for key in "abcd"} for each in (one, two)]
+    assert drawn[0] == drawn[1] and passed == again
+    assert len(two) <= len(one) / 2 + 2
 
 
 def test_the_total_stops_further_prompts():
