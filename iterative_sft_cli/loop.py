@@ -126,7 +126,7 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
             filters,
             seed=config.seed,
             round_index=round_index,
-            accepted_earlier=AcceptedEarlier(run.shards, round_index),
+            accepted_earlier=AcceptedEarlier(run.shards, round_index, stages.known),
             cache_dir=stages.cache_dir,
             runtime=stages.runtime,
             encoder=stages.encoder,
@@ -147,9 +147,8 @@ def learn(stages: Stages, config: Any, round_index: int, point: ResumePoint, log
                 log=log,
             )
         stages.session.close()
-    counter = count_round(stages, round_index)
     show_samples(stages, round_index)
-    if check_round(counter, config.guards, round_index=round_index):
+    if check_round(count_round(stages, round_index), config.guards, round_index=round_index):
         found = gather_rows(stages, config, round_index)
         passes = plan_passes(config.train, found, seed=config.seed, round_index=round_index)
         seal_training_rows(stages, round_index, found.rows, passes)

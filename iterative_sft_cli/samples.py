@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from iterative_sft_cli.errors import DataError
@@ -32,10 +33,16 @@ HINTED = "hinted"
 """Part of the name of shards of second tries, and the key of a row under which the ids of the hinted prompt stand."""
 
 
+Known = Mapping[str, Prompt]
+"""Prompts that are in memory already, by id."""
+
+
 class Shards(Protocol):
     """The part of a run directory that holds sealed JSONL files."""
 
     def read(self, round_index: int, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]] | None: ...
+
+    def iter_rows(self, round_index: int, name: str) -> Iterator[dict[str, Any]] | None: ...
 
     def names(self, round_index: int, prefix: str) -> list[str]: ...
 
@@ -75,7 +82,7 @@ def sample_to_row(sample: Sample, seed: int) -> dict[str, Any]:
 def sample_from_row(row: Mapping[str, Any], prompt: Prompt) -> Sample:
     """The sample that `sample_to_row` wrote, joined with its prompt."""
     return Sample(
-        prompt_id=row["prompt_id"],
+        prompt_id=prompt.prompt_id,  # not the row's: an equal text once a prompt, not once a sample
         sample_id=row["sample_id"],
         round_index=row["round_index"],
         prompt=prompt.prompt,
@@ -113,16 +120,30 @@ class StoredSample:
 def _need(shards: Shards, round_index: int, name: str) -> list[dict[str, Any]]:
     found = shards.read(round_index, name)
     if found is None:
-        raise DataError(
-            f"rounds/{round_index:04d}/{name}.jsonl is missing or damaged",
-            hint="run `isft verify` to see what is damaged; `isft train` on the same config makes again what it can",
-        )
+        raise _missing(round_index, name)
     return found[0]
 
 
-def read_prompts(shards: Shards, round_index: int) -> dict[str, Prompt]:
-    """The prompts of a round by id, in their order."""
-    return {row["prompt_id"]: prompt_from_row(row) for row in _need(shards, round_index, PROMPTS)}
+def _missing(round_index: int, name: str) -> DataError:
+    return DataError(
+        f"rounds/{round_index:04d}/{name}.jsonl is missing or damaged",
+        hint="run `isft verify` to see what is damaged; `isft train` on the same config makes again what it can",
+    )
+
+
+def read_prompts(shards: Shards, round_index: int, known: Known = MappingProxyType({})) -> dict[str, Prompt]:
+    """The prompts of a round by id, in their order; those that are also `known`, letter for letter, are the known objects."""
+    rows = shards.iter_rows(round_index, PROMPTS)
+    if rows is None:
+        raise _missing(round_index, PROMPTS)
+    found = {}
+    for row in rows:
+        prompt = known.get(row["prompt_id"])
+        # as text: 1, 1.0 and True are equal, and a filter can tell them apart
+        if prompt is None or repr(prompt_to_row(prompt)) != repr(row):
+            prompt = prompt_from_row(row)
+        found[prompt.prompt_id] = prompt
+    return found
 
 
 def read_eval_prompts(shards: Shards) -> dict[str, Prompt]:
@@ -159,8 +180,9 @@ def kept_of(shards: Shards, round_index: int) -> str:
     return "accepted" if shards.names(round_index, f"{ACCEPTED}-") else "all"
 
 
-def iter_round(shards: Shards, round_index: int) -> Iterator[StoredSample]:
-    """Every sample of a judged round in order, one shard in memory at a time; of a thinned round, the accepted ones.
+def iter_round(shards: Shards, round_index: int, known: Known = MappingProxyType({})) -> Iterator[StoredSample]:
+    """Every sample of a judged round in order, one shard in memory at a time; of a thinned round, the accepted ones. Prompts that are
+    `known` are not made anew.
 
     Raises DataError when a shard or its verdicts are missing or damaged, or the samples were dropped.
     """
@@ -170,7 +192,7 @@ def iter_round(shards: Shards, round_index: int) -> Iterator[StoredSample]:
             where="samples.keep",
             hint="samples.keep: accepted keeps what later rounds may read",
         )
-    prompts = read_prompts(shards, round_index)
+    prompts = read_prompts(shards, round_index, known)
     later = read_round_verdicts(shards, round_index)
     for name in sample_shards(shards, round_index):
         for row, says, kept in _judged_rows(shards, round_index, name):
@@ -195,10 +217,10 @@ def _judged_rows(
         yield row, tuple(verdict["says"]), bool(verdict["kept"])
 
 
-def iter_accepted(shards: Shards, rounds: Sequence[int]) -> Iterator[StoredSample]:
+def iter_accepted(shards: Shards, rounds: Sequence[int], known: Known = MappingProxyType({})) -> Iterator[StoredSample]:
     """The accepted samples of the given rounds, oldest round first."""
     for round_index in rounds:
-        for stored in iter_round(shards, round_index):
+        for stored in iter_round(shards, round_index, known):
             if stored.accepted:
                 yield stored
 
@@ -206,12 +228,13 @@ def iter_accepted(shards: Shards, rounds: Sequence[int]) -> Iterator[StoredSampl
 class AcceptedEarlier:
     """What was accepted before a round, as light records for filters that look back; reads lazily, may be iterated often."""
 
-    def __init__(self, shards: Shards, before: int) -> None:
+    def __init__(self, shards: Shards, before: int, known: Known = MappingProxyType({})) -> None:
         self._shards = shards
         self._before = before
+        self._known = known
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for stored in iter_accepted(self._shards, range(1, self._before)):
+        for stored in iter_accepted(self._shards, range(1, self._before), self._known):
             yield {
                 "prompt_id": stored.sample.prompt_id,
                 "completion": stored.sample.completion,

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import math
 import zlib
+from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iterative_sft_cli.samples import StoredSample
@@ -19,18 +20,20 @@ DIVERSITY_TOKENS = 20_000
 """distinct-n and the compression ratio look at this many tokens at most: both fall with the amount of text."""
 
 
-def percentile(values: Sequence[float], q: float) -> float:
-    """The q-quantile (0..1) by the nearest rank; 0.0 for no values."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    return float(ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))])
+def percentile(counts: Mapping[int, int], q: float) -> float:
+    """The q-quantile (0..1) by the nearest rank of values of which each is there so often; 0.0 for no values."""
+    left = max(1, math.ceil(q * sum(counts.values())))
+    for value in sorted(counts):
+        left -= counts[value]
+        if left <= 0:
+            return float(value)
+    return 0.0
 
 
 class RoundCounter:
     """Adds up a round sample by sample; holds counts, lengths and a bounded amount of text, never the samples."""
 
-    def __init__(self, known: Set[int] = frozenset()) -> None:
+    def __init__(self, known: Sequence[int] = ()) -> None:
         self.known = known
         self.num_known = 0
         self.hinted_prompts: set[str] = set()
@@ -40,14 +43,15 @@ class RoundCounter:
         self.num_samples = 0
         self.num_tokens = 0
         self.finish: Counter[str] = Counter()
-        self.lengths: list[int] = []
-        self.accepted_lengths: list[int] = []
+        self.lengths: Counter[int] = Counter()
+        self.num_accepted_tokens = 0
         self.empty = 0
-        self.by_prompt: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.made: Counter[str] = Counter()
+        self.accepted: Counter[str] = Counter()
         self.entered: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
         self.reasons: dict[str, Counter[str]] = defaultdict(Counter)
-        self.scores: dict[str, list[float]] = defaultdict(list)
+        self.scores: dict[str, tuple[int, float]] = {}
         self.num_accepted = 0
         self.unique: set[int] = set()
         self.logprob = 0.0
@@ -80,9 +84,9 @@ class RoundCounter:
         self.num_samples += 1
         self.num_tokens += length
         self.finish[sample.finish_reason] += 1
-        self.lengths.append(length)
+        self.lengths[length] += 1
         self.empty += not sample.completion.strip()
-        self.by_prompt[sample.prompt_id][0] += 1
+        self.made[sample.prompt_id] += 1
         for says in stored.says:
             name = says["filter"]
             self.entered[name] = self.entered.get(name, 0) + 1
@@ -90,18 +94,20 @@ class RoundCounter:
                 self.dropped[name] = self.dropped.get(name, 0) + 1
                 self.reasons[name][says.get("reason") or "rejected"] += 1
             if says.get("score") is not None:
-                self.scores[name].append(float(says["score"]))
+                count, total = self.scores.get(name, (0, 0.0))
+                self.scores[name] = (count + 1, total + float(says["score"]))
         if sample.logprob is not None and length:
             self.logprob += sample.logprob
             self.logprob_tokens += length
         if not stored.accepted:
             return
         self.num_accepted += 1
-        self.accepted_lengths.append(length)
-        self.by_prompt[sample.prompt_id][1] += 1
+        self.num_accepted_tokens += length
+        self.accepted[sample.prompt_id] += 1
         key = self.key_of(sample.prompt_id, sample.completion)
         self.unique.add(key)
-        self.num_known += key in self.known
+        at = bisect_left(self.known, key)
+        self.num_known += at < len(self.known) and self.known[at] == key
         if len(self.tokens) < DIVERSITY_TOKENS:
             ids = sample.completion_ids
             self.tokens += ids
@@ -115,7 +121,7 @@ class RoundCounter:
         sampled token: at temperature 1 without truncation an unbiased estimate of the model's entropy a token."""
         n = max(1, self.num_samples)
         row: dict[str, Any] = {
-            "generate/num_prompts": len(self.by_prompt),
+            "generate/num_prompts": len(self.made),
             "generate/num_samples": self.num_samples,
             "generate/num_tokens": self.num_tokens,
             "generate/mean_tokens": self.num_tokens / n,
@@ -150,23 +156,22 @@ class RoundCounter:
         n-grams of tokens over all n-grams, in the first tokens accepted (DIVERSITY_TOKENS).
         """
         n, accepted = max(1, self.num_samples), self.num_accepted
-        prompts = max(1, len(self.by_prompt))
-        rates = [a / s for s, a in self.by_prompt.values()]
-        solved = sum(a > 0 for _, a in self.by_prompt.values())
-        squares = sum(a * a for _, a in self.by_prompt.values())
-        easy = sum(a for s, a in self.by_prompt.values() if a / s > 0.75)
+        prompts = max(1, len(self.made))
+        rates = Counter(self.accepted[key] / made for key, made in self.made.items())
+        squares = sum(a * a for a in self.accepted.values())
+        easy = sum(a for key, a in self.accepted.items() if a / self.made[key] > 0.75)
         row: dict[str, Any] = {
             "filters/num_accepted": accepted,
             "filters/accept_rate": accepted / n,
             "filters/num_unique": len(self.unique),
-            "filters/num_solved": solved,
-            "filters/solved_rate": solved / prompts,
-            "filters/all_accepted_rate": sum(r == 1.0 for r in rates) / prompts,
-            "filters/none_accepted_rate": sum(r == 0.0 for r in rates) / prompts,
+            "filters/num_solved": len(self.accepted),
+            "filters/solved_rate": len(self.accepted) / prompts,
+            "filters/all_accepted_rate": rates[1.0] / prompts,
+            "filters/none_accepted_rate": rates[0.0] / prompts,
             "filters/difficulty": difficulty_histogram(rates),
         }
         if accepted:
-            mean_accepted = sum(self.accepted_lengths) / accepted
+            mean_accepted = self.num_accepted_tokens / accepted
             row |= {
                 "filters/unique_rate": len(self.unique) / accepted,
                 "filters/known_rate": self.num_known / accepted,
@@ -184,16 +189,17 @@ class RoundCounter:
             row[f"filters/{name}/dropped"] = self.dropped.get(name, 0)
             for reason, count in sorted(self.reasons[name].items()):
                 row[f"filters/{name}/reason/{reason}"] = count
-            if self.scores[name]:
-                row[f"filters/{name}/mean_score"] = sum(self.scores[name]) / len(self.scores[name])
+            if name in self.scores:
+                count, total = self.scores[name]
+                row[f"filters/{name}/mean_score"] = total / count
         return row
 
 
-def difficulty_histogram(rates: Sequence[float]) -> list[int]:
-    """Prompts by their share of accepted samples: 0, (0, .25], (.25, .5], (.5, .75], (.75, 1), 1."""
+def difficulty_histogram(rates: Mapping[float, int]) -> list[int]:
+    """Prompts by their share of accepted samples: 0, (0, .25], (.25, .5], (.5, .75], (.75, 1), 1. `rates`: how many have each share."""
     bins = [0] * 6
-    for rate in rates:
-        bins[0 if rate == 0 else 5 if rate == 1 else 1 + min(3, math.ceil(rate * 4) - 1)] += 1
+    for rate, count in rates.items():
+        bins[0 if rate == 0 else 5 if rate == 1 else 1 + min(3, math.ceil(rate * 4) - 1)] += count
     return bins
 
 

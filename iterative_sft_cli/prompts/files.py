@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -113,7 +114,8 @@ def _jsonl(path: Path, name: str) -> Iterator[Located]:
             if not isinstance(row, dict):
                 hint = "a file that is one JSON list is named .json" if number == 1 and isinstance(row, list) else None
                 raise DataError(f"a {_kind(row)}", where=where, expected="a JSON object a line", hint=hint)
-            yield where, row
+            # one object for a column's name, not one a row
+            yield where, {sys.intern(column): value for column, value in row.items()}
 
 
 def _json(path: Path, name: str) -> Iterator[Located]:

@@ -61,7 +61,6 @@ def select_round(
     - hardest_first: lowest last acceptance rate first, never asked ones before all.
     - adaptive: longest not asked first, then lowest last acceptance rate (AdaSTaR, Koh et al. 2025).
     """
-    positions = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
     pool = [prompt for prompt in prompts if not _is_skipped(history.get(prompt.prompt_id), section.skip)]
     count = min(num_per_round(section.per_round, len(prompts)), len(pool))
 
@@ -74,7 +73,7 @@ def select_round(
 
     if section.order == "sequential":
         if history or round_index <= 1:
-            return sorted(pool, key=lambda p: (last_round(p), positions[p.prompt_id]))[:count]
+            return sorted(pool, key=last_round)[:count]
         start = (round_index - 1) * count % max(1, len(pool))
         return [*pool[start:], *pool[:start]][:count]
     if section.order == "curriculum":

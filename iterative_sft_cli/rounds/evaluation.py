@@ -52,9 +52,10 @@ def evaluate(
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     if stages.run.shards.read(0, EVAL_PROMPTS) is None:
         # readers show and pair the prompts of an evaluation long after the data file is gone
-        stages.run.shards.seal(0, EVAL_PROMPTS, [prompt_to_row(prompt) for prompt in prompts], {})
+        stages.run.shards.seal(0, EVAL_PROMPTS, map(prompt_to_row, prompts), {})
     start = time.monotonic()
     rows: list[dict[str, Any]] = []
+    num_tokens = 0
     total = sum(len(request.seeds) for shard, _ in plans for request in shard)
     sealed = set(stages.run.shards.names(round_index, EVAL))
     stages.announce(
@@ -88,15 +89,15 @@ def evaluate(
             else:
                 made = found[0]
                 phase.advance(len(made))
-            rows += made
+            num_tokens += sum(len(row["completion_ids"]) for row in made)
+            rows += [brief(row, section.rank_by) for row in made]
             log("evaluated", shard=name, num_samples=len(made))
     stages.run.telemetry.append({"event": "eval", "round": round_index, "seconds": time.monotonic() - start})
-    tokens = sum(len(row["completion_ids"]) for row in rows)
     results = results_of(rows, prompts, section.rank_by)
     figures = summarize(results, section.k, seed=config.seed) | {
         **changes(results_before(stages, round_index), results, seed=config.seed),
-        "eval/num_tokens": tokens,
-        "eval/mean_tokens": tokens / max(1, len(rows)),
+        "eval/num_tokens": num_tokens,
+        "eval/mean_tokens": num_tokens / max(1, len(rows)),
     }
     return figures | harness_figures(measure_tasks(stages, round_index, weights_hash, log))
 
@@ -105,9 +106,10 @@ def results_before(stages: Stages, round_index: int) -> list[PromptResult]:
     """The results of the newest evaluation before `round_index`, from its sealed shards; none for the first."""
     shards = stages.run.shards
     for earlier in range(round_index - 1, -1, -1):
-        found = [shards.read(earlier, name) for name in shards.names(earlier, f"{EVAL}-")]
-        if found:
-            return results_of([row for rows, _ in filter(None, found) for row in rows], stages.eval_prompts)
+        names = shards.names(earlier, f"{EVAL}-")
+        if names:
+            found = (shards.read(earlier, name) for name in names)
+            return results_of([brief(row) for rows, _ in filter(None, found) for row in rows], stages.eval_prompts)
     return []
 
 
@@ -154,6 +156,12 @@ def vote_of(judged: Any) -> str | None:
 def score_of(row: dict[str, Any], name: str | None) -> float | None:
     """The score that the filter `name` gave a sample of the evaluation."""
     return next((says.get("score") for says in row["says"] if says["filter"] == name), None)
+
+
+def brief(row: dict[str, Any], rank_by: str | None = None) -> dict[str, Any]:
+    """What `results_of` reads of a sample: not its completion, and of its verdicts only the one that ranks."""
+    says = [says for says in row["says"] if says["filter"] == rank_by]
+    return {**{key: row[key] for key in ("prompt_id", "sample_index", "correct", "answer")}, "says": says}
 
 
 def results_of(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from heapq import merge
 from itertools import islice
 from typing import Any
 
@@ -22,17 +24,17 @@ SHOWN_OF = 512
 def count_round(stages: Stages, round_index: int) -> RoundCounter:
     """The round's figures, from its sealed shards."""
     counter = RoundCounter(known=known_before(stages, round_index))
-    for stored in iter_round(stages.run.shards, round_index):
+    for stored in iter_round(stages.run.shards, round_index, stages.known):
         counter.add(stored)
     return counter
 
 
-def known_before(stages: Stages, round_index: int) -> set[int]:
-    """Hashes of what was accepted in earlier rounds, as `RoundCounter` makes them."""
+def known_before(stages: Stages, round_index: int) -> array[int]:
+    """Hashes of what was accepted in earlier rounds, as `RoundCounter` makes them, in ascending order."""
     for earlier in range(1, round_index):
         if earlier not in stages.accepted_keys:
-            stages.accepted_keys[earlier] = accepted_keys(stages.run.shards, earlier)
-    return set().union(*(stages.accepted_keys[earlier] for earlier in range(1, round_index)))
+            stages.accepted_keys[earlier] = accepted_keys(stages.run.shards, earlier, stages.known)
+    return array("Q", merge(*(stages.accepted_keys[earlier] for earlier in range(1, round_index))))
 
 
 def round_row(stages: Stages, config: Any, round_index: int) -> dict[str, Any]:
@@ -59,8 +61,8 @@ def round_row(stages: Stages, config: Any, round_index: int) -> dict[str, Any]:
         if trials:
             row["generate/trial_tokens"] = trials
     if round_index or train.num_steps or train.undone:
-        found = stages.run.shards.read(round_index, TRAIN)
-        row |= train.row(len(found[0]) if found else len(stages.warmup_rows) if not round_index else 0)
+        found = stages.run.shards.iter_rows(round_index, TRAIN)
+        row |= train.row(sum(1 for _ in found) if found else len(stages.warmup_rows) if not round_index else 0)
     if seed_loss is not None:
         row["train/seed_loss"] = seed_loss
     return row
@@ -100,7 +102,7 @@ def log_selected(log: RoundLog, found: Gathered, num_steps: int) -> None:
 
 def show_samples(stages: Stages, round_index: int, each: int = 3) -> None:
     """Hand a few accepted and rejected samples of the round to the view."""
-    stored = list(islice(iter_round(stages.run.shards, round_index), SHOWN_OF))
+    stored = list(islice(iter_round(stages.run.shards, round_index, stages.known), SHOWN_OF))
     stages.view.samples(round_index, *pick_samples(stored, each))
 
 

@@ -9,11 +9,13 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from iterative_sft_cli.config.expression import Expression
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rounds.hints import fill
+from iterative_sft_cli.rounds.rows import PackedRows
 from iterative_sft_cli.rounds.stages import Stages
 from iterative_sft_cli.samples import StoredSample, iter_accepted
 from iterative_sft_cli.train.pool import draw_seed_rows, num_seed_rows, pool_rounds
@@ -22,19 +24,21 @@ from iterative_sft_cli.types import Message, TrainRow, derive_seed
 SEED_DATA = 0
 """The round that seed data counts as coming from."""
 
+NO_SCORES: Mapping[str, float | None] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Rows with, for each, its scores (none for seed data) and the round it comes from."""
+    """Rows with, for each, its scores (none for seed data, nor where no threshold reads them) and the round it comes from."""
 
-    rows: list[TrainRow]
+    rows: Sequence[TrainRow]
     scores: list[Mapping[str, float | None]]
     rounds: list[int]
 
     @classmethod
     def of_seed_data(cls, rows: Sequence[TrainRow]) -> Gathered:
         """Seed data alone, as the warm-up trains on."""
-        return cls(list(rows), [{}] * len(rows), [SEED_DATA] * len(rows))
+        return cls(rows, [NO_SCORES] * len(rows), [SEED_DATA] * len(rows))
 
 
 def scores_of(stored: StoredSample) -> dict[str, float | None]:
@@ -61,25 +65,30 @@ def gather_rows(stages: Stages, config: Any, round_index: int) -> Gathered:
     """The rows of a round in the order of their rounds and samples, seed data last."""
     section = config.train
     expression = Expression(section.weight_by) if section.weight_by is not None else None
-    found = Gathered([], [], [])
-    pool = iter_accepted(stages.run.shards, pool_rounds(section.data, round_index))
+    scored = any(one.threshold is not None for one in section.passes or ())
+    rows, scores, rounds = PackedRows(), list[Mapping[str, float | None]](), list[int]()
+
+    def add(row: TrainRow, said: Mapping[str, float | None], origin: int) -> None:
+        rows.append(row)
+        scores.append(said)
+        rounds.append(origin)
+
+    pool = iter_accepted(stages.run.shards, pool_rounds(section.data, round_index), stages.known)
     if config.rationalize is not None and config.rationalize.max_share is not None:
         pool = iter(limit_hinted(list(pool), config.rationalize.max_share, seed=config.seed, round_index=round_index))
     for stored in pool:
         for row in rows_of(stages, section, stored, weight_of(expression, stored)):
-            found.rows.append(row)
-            found.scores.append(scores_of(stored))
-            found.rounds.append(stored.sample.round_index)
+            add(row, scores_of(stored) if scored else NO_SCORES, stored.sample.round_index)
     if section.max_rows is not None:
-        found = evict(found, int(section.max_rows), section.evict, seed=config.seed, round_index=round_index)
+        kept = not_evicted(len(rows), int(section.max_rows), section.evict, seed=config.seed, round_index=round_index)
+        rows = PackedRows(rows[i] for i in kept)
+        scores, rounds = [scores[i] for i in kept], [rounds[i] for i in kept]
     if section.mix is not None:
         share = 1.0 if section.mix.share == "all" else float(section.mix.share)
-        wanted = num_seed_rows(share, len(found.rows), len(stages.mix_rows))
+        wanted = num_seed_rows(share, len(rows), len(stages.mix_rows))
         for index in draw_seed_rows(len(stages.mix_rows), wanted, seed=config.seed, round_index=round_index):
-            found.rows.append(stages.mix_rows[index])
-            found.scores.append({})
-            found.rounds.append(SEED_DATA)
-    return found
+            add(stages.mix_rows[index], NO_SCORES, SEED_DATA)
+    return Gathered(rows, scores, rounds)
 
 
 def rows_of(stages: Stages, section: Any, stored: StoredSample, weight: float) -> Iterator[TrainRow]:
@@ -129,12 +138,8 @@ def limit_hinted(pool: list[StoredSample], share: float, *, seed: int, round_ind
     return [stored for index, stored in enumerate(pool) if not stored.hinted or index in kept]
 
 
-def evict(found: Gathered, most: int, which: str, *, seed: int, round_index: int) -> Gathered:
-    """At most `most` rows: the newest, or a draw without replacement from (seed, round); their order stays."""
-    size = len(found.rows)
-    if size <= most:
-        return found
-    kept = list(range(size - most, size))
-    if which == "random":
-        kept = sorted(random.Random(derive_seed(seed, "evict", round_index)).sample(range(size), most))
-    return Gathered([found.rows[i] for i in kept], [found.scores[i] for i in kept], [found.rounds[i] for i in kept])
+def not_evicted(size: int, most: int, which: str, *, seed: int, round_index: int) -> Sequence[int]:
+    """Which of `size` rows stay, at most `most`: the newest, or a draw without replacement from (seed, round), in their order."""
+    if size > most and which == "random":
+        return sorted(random.Random(derive_seed(seed, "evict", round_index)).sample(range(size), most))
+    return range(max(0, size - most), size)

@@ -20,7 +20,7 @@ from iterative_sft_cli.types import Prompt
 def choose_prompts(stages: Stages, config: Any, round_index: int) -> list[Prompt]:
     """The round's prompts in the order they are asked, sealed once chosen."""
     shards = stages.run.shards
-    if shards.read(round_index, PROMPTS) is None:
+    if shards.iter_rows(round_index, PROMPTS) is None:
         history = read_history(stages, round_index) if needs_history(config.prompts) else {}
         chosen = select_round(
             stages.prompts,
@@ -30,8 +30,8 @@ def choose_prompts(stages: Stages, config: Any, round_index: int) -> list[Prompt
             history=history,
             promotions=promotions(stages, config, round_index),
         )
-        shards.seal(round_index, PROMPTS, [prompt_to_row(prompt) for prompt in chosen], {})
-    return list(read_prompts(shards, round_index).values())
+        shards.seal(round_index, PROMPTS, map(prompt_to_row, chosen), {})
+    return list(read_prompts(shards, round_index, stages.known).values())
 
 
 def promotions(stages: Stages, config: Any, round_index: int) -> int:
@@ -66,7 +66,7 @@ def round_rates(stages: Stages, round_index: int) -> dict[str, tuple[int, int]]:
     known = stages.rates.get(round_index)
     if known is None:
         known = {}
-        for prompt_id, num_samples, num_accepted in asked_in(stages.run.shards, round_index):
+        for prompt_id, num_samples, num_accepted in asked_in(stages.run.shards, round_index, stages.known):
             made, accepted = known.get(prompt_id, (0, 0))
             known[prompt_id] = (made + num_samples, accepted + num_accepted)
         stages.rates[round_index] = known

@@ -66,7 +66,6 @@ class RoundJudge:
         self.by_id = {prompt.prompt_id: prompt for prompt in prompts}
         self.decoding = config.generate.decoding(eos_token_ids=stages.encoder.eos_token_ids)
         self.waves: Waves = plan_waves(config.generate, prompts, pairs=chain.at_once)
-        self._ids: dict[str, tuple[int, ...]] = {}
         self._number = 0
         self._tokens = tokens_so_far(stages.run.stats.rows())
         unfit = [one.name for one in chain.filters if one.kind == "samples"] + chain.not_prefix_stable()
@@ -78,7 +77,14 @@ class RoundJudge:
             )
         # group filters of a later wave see the earlier samples of the prompt
         grouped = any(one.kind == "group" for one in chain.filters[: chain.streaming_end])
-        self.judges = Judges(stages, chain, self.by_id, round_index, remember=self.waves.adaptive and grouped)
+        self.judges = Judges(
+            stages,
+            chain,
+            self.by_id,
+            round_index,
+            remember=self.waves.adaptive and grouped,
+            tells=self.waves.adaptive or config.rationalize is not None,
+        )
 
     def run(self) -> None:
         """All waves, the second tries, then what looks at the whole round."""
@@ -183,9 +189,8 @@ class RoundJudge:
         )
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if prompt.prompt_id not in self._ids:
-            self._ids[prompt.prompt_id] = tuple(self.stages.encoder.encode_prompt(prompt.prompt))
-        return self._ids[prompt.prompt_id]
+        # not kept: to encode a prompt again costs less than any sample of it, the ids of a round would outgrow its prompts
+        return tuple(self.stages.encoder.encode_prompt(prompt.prompt))
 
     def _generate(
         self,
@@ -268,7 +273,7 @@ class RoundJudge:
                     round_index=self.round_index,
                 )
             )
-        plain = {p.prompt_id: self._ids[p.prompt_id] for p in chosen}
+        plain = {p.prompt_id: self._prompt_ids(p) for p in chosen}
         draws = [Draw(self.by_id[r.prompt_id], 0, len(r.sample_indices)) for r in requests]
         by_id = {request.prompt_id: request for request in requests}
         source = self.sources[0]

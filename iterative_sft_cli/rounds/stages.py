@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ class Stages:
     format_encoders: Sequence[Any] = ()
     harness: Callable[[], list[dict[str, Any]]] | None = None
     """Measures the tasks of `eval.lm_eval` on the live weights."""
-    accepted_keys: dict[int, set[int]] = field(default_factory=dict)
+    accepted_keys: dict[int, array[int]] = field(default_factory=dict)
     live_hash: str | None = None
     """The content hash of the live weights where they are not the newest checkpoint's (after a roll-back)."""
     rates: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
@@ -73,8 +74,11 @@ class Stages:
     started: float = field(default_factory=time.monotonic)
     last_save_s: float = 0.0
     cost: CostMeter = field(init=False)
+    known: Mapping[str, Prompt] = field(init=False)
+    """The run's prompts by id: what is read back from the run directory shares them."""
 
     def __post_init__(self) -> None:
+        self.known = {prompt.prompt_id: prompt for prompt in self.prompts}
         self.cost = CostMeter(self.started)
         self.session = EngineSession(self.engine, self.learner, self.run.telemetry)
 

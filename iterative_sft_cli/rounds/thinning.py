@@ -6,7 +6,9 @@ shard is sealed before the shard is given up, and the seal of what was given up 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from iterative_sft_cli.errors import ConfigError
@@ -17,6 +19,7 @@ from iterative_sft_cli.samples import (
     GENERATED,
     HINTED,
     VERDICTS,
+    Known,
     Shards,
     iter_round,
     kept_of,
@@ -119,12 +122,12 @@ def _replaced(
     return kept, {**meta, "asked": asked}
 
 
-def asked_in(shards: Shards, round_index: int) -> Iterator[tuple[str, int, int]]:
+def asked_in(shards: Shards, round_index: int, known: Known = MappingProxyType({})) -> Iterator[tuple[str, int, int]]:
     """(prompt, samples, accepted) of what a round drew, in the order asked; a prompt may come several times. Second tries with a hint do
     not count."""
     stand_ins = [*shards.names(round_index, f"{ACCEPTED}-"), *shards.names(round_index, f"{DROPPED}-")]
     if not stand_ins:
-        for stored in iter_round(shards, round_index):
+        for stored in iter_round(shards, round_index, known):
             if not stored.hinted:
                 yield stored.sample.prompt_id, 1, int(stored.accepted)
         return
@@ -133,13 +136,15 @@ def asked_in(shards: Shards, round_index: int) -> Iterator[tuple[str, int, int]]
         yield from map(tuple, found[1]["asked"] if found else ())
 
 
-def accepted_keys(shards: Shards, round_index: int) -> set[int]:
-    """Hashes of what a round accepted, as `RoundCounter` makes them, also of a round whose samples were dropped."""
+def accepted_keys(shards: Shards, round_index: int, known: Known) -> array[int]:
+    """Hashes of what a round accepted, as `RoundCounter` makes them, in ascending order, also of a round whose samples were dropped."""
     if kept_of(shards, round_index) == "none":
         names = shards.names(round_index, f"{DROPPED}-")
-        return {int(row["key"]) for name in names for row in (shards.read(round_index, name) or ([], {}))[0]}
-    return {
-        RoundCounter.key_of(one.sample.prompt_id, one.sample.completion)
-        for one in iter_round(shards, round_index)
-        if one.accepted
-    }
+        keys = {int(row["key"]) for name in names for row in (shards.read(round_index, name) or ([], {}))[0]}
+    else:
+        keys = {
+            RoundCounter.key_of(one.sample.prompt_id, one.sample.completion)
+            for one in iter_round(shards, round_index, known)
+            if one.accepted
+        }
+    return array("Q", sorted(keys))

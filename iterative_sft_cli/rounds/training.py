@@ -237,15 +237,15 @@ def _save_bytes(stages: Stages, *, state: bool) -> int | None:
 
 def seal_training_rows(stages: Stages, round_index: int, rows: Sequence[TrainRow], passes: Sequence[TrainPass]) -> None:
     """Write which samples train, how often and with which weight, unless it is sealed already."""
-    if stages.run.shards.read(round_index, TRAIN) is None:
+    if stages.run.shards.iter_rows(round_index, TRAIN) is None:
         counts = times_trained([step for one in passes for step in one.steps], len(rows))
         stages.run.shards.seal(
             round_index,
             TRAIN,
-            [
+            (
                 {"sample_id": row.sample_id, "times": times, "weight": row.weight, "num_tokens": len(row.input_ids)}
                 for row, times in zip(rows, counts, strict=True)
-            ],
+            ),
             {"num_steps": sum(len(one.steps) for one in passes)},
         )
 

@@ -33,13 +33,21 @@ class Piece:
 
 
 class Judges:
-    """The judges of one round. With `remember`, group filters of a later unit see the earlier samples of its prompts."""
+    """The judges of one round. With `remember`, group filters of a later unit see the earlier samples of its prompts; without `tells`
+    nobody asks what passed, and it is not held."""
 
     def __init__(
-        self, stages: Stages, chain: FilterChain, by_id: Mapping[str, Prompt], round_index: int, *, remember: bool
+        self,
+        stages: Stages,
+        chain: FilterChain,
+        by_id: Mapping[str, Prompt],
+        round_index: int,
+        *,
+        remember: bool,
+        tells: bool,
     ) -> None:
         self.stages, self.chain, self.by_id, self.round_index = stages, chain, by_id, round_index
-        self.remember = remember
+        self.remember, self.tells = remember, tells
         self.shards = stages.run.shards
         self._history: dict[str, list[Judged]] = {}
         self._judging: list[Future[Passed]] = []
@@ -52,7 +60,7 @@ class Judges:
         self._thread.shutdown()
 
     def later(self, pieces: list[Piece], stream: Any, *, hinted: bool = False) -> Future[Passed]:
-        """Judge a unit after those before it; at most two units wait. Gives which samples of each prompt passed."""
+        """Judge a unit after those before it; at most two units wait. Gives which samples of each prompt passed, where they are told."""
         if len(self._judging) >= 2:
             self._judging[-2].result()
         before = self._judging[-1] if self._judging else None
@@ -81,7 +89,7 @@ class Judges:
             for one in judged:
                 self._history.setdefault(one.sample.prompt_id, []).append(one)
         passed: dict[str, list[int]] = {}
-        for one in judged:
+        for one in judged if self.tells else ():
             if one.kept:
                 passed.setdefault(one.sample.prompt_id, []).append(one.sample.sample_index)
         return passed

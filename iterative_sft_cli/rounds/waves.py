@@ -53,7 +53,8 @@ class OneWave:
     adaptive = returns = False
 
     def __init__(self, prompts: Sequence[Prompt], num_samples: int) -> None:
-        self._draws = [Draw(prompt, 0, num_samples) for prompt in prompts]
+        self._prompts = prompts
+        self._num_samples = num_samples
 
     def waits_for(self, wave: int) -> int:
         """Nothing."""
@@ -61,7 +62,7 @@ class OneWave:
 
     def plan(self, wave: int, passed: Passed) -> list[Draw] | None:
         """All draws in wave 0."""
-        return self._draws if wave == 0 else None
+        return [Draw(prompt, 0, self._num_samples) for prompt in self._prompts] if wave == 0 else None
 
     def limits(self) -> tuple[Mapping[str, int] | None, int | None]:
         """None."""

@@ -5,8 +5,9 @@ Everything outside ASCII is escaped, so no line separator of Unicode can split a
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 MAX_LINE_BYTES = 16 << 20
@@ -30,8 +31,11 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
 
 
 def encode_rows(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Several records."""
-    return b"".join(encode_row(row) for row in rows)
+    """Several records, one line each."""
+    buffer = io.BytesIO()
+    for row in rows:
+        buffer.write(encode_row(row))
+    return buffer.getvalue()
 
 
 def decode_rows(data: bytes) -> list[dict[str, Any]]:
@@ -40,6 +44,14 @@ def decode_rows(data: bytes) -> list[dict[str, Any]]:
     if tail:
         raise BadLine(len(rows) + 1, "the last line is cut off")
     return rows
+
+
+def iter_rows(data: bytes) -> Iterator[dict[str, Any]]:
+    """The records of a whole file, one at a time. Raises BadLine."""
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if not line.endswith(b"\n"):
+            raise BadLine(number, "the last line is cut off")
+        yield decode_row(line[:-1], number)
 
 
 def split_rows(data: bytes) -> tuple[list[dict[str, Any]], bytes]:

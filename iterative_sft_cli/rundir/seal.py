@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from iterative_sft_cli.errors import DataError
 from iterative_sft_cli.rundir import jsonl
@@ -22,6 +22,8 @@ from iterative_sft_cli.rundir.quarantine import Quarantine
 SEAL = ".seal.json"
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
+Found = TypeVar("Found")
+
 
 class ShardReader:
     """The shards of a run as a reader without the lock sees them: damage is an error, nothing is moved."""
@@ -31,8 +33,15 @@ class ShardReader:
 
     def read(self, round_index: int, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
         """Rows and meta of a sealed shard, verified; None when it is not (or not wholly) there. Raises DataError for a damaged one."""
+        return self._find(read_shard, round_index, name)
+
+    def iter_rows(self, round_index: int, name: str) -> Iterator[dict[str, Any]] | None:
+        """The rows of `read`, one in memory at a time."""
+        return self._find(iter_shard, round_index, name)
+
+    def _find(self, read: Callable[[Path, int, str], Found], round_index: int, name: str) -> Found:
         try:
-            return read_shard(round_folder(self._run, round_index), round_index, check_name(name))
+            return read(round_folder(self._run, round_index), round_index, check_name(name))
         except Damage as damage:
             raise DataError(
                 damage.problem, where=str(damage.path), hint="the run's own next start repairs what it needs"
@@ -59,12 +68,12 @@ class Shards:
         self.expected: set[str] = set()
         self.built_on = -1
 
-    def seal(self, round_index: int, name: str, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
+    def seal(self, round_index: int, name: str, rows: Iterable[Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
         """Publish a shard: on return it survives a power cut. Raises DataError when one of that name is there already, ValueError or TypeError
         for rows or meta that are not strict JSON."""
         folder = round_folder(self._run, round_index)
         data = jsonl.encode_rows(rows)
-        suffix = ".jsonl"
+        count, suffix = data.count(b"\n"), ".jsonl"
         if self.compress:
             data, suffix = gzip.compress(data, mtime=0), ".jsonl.gz"
         target = folder / (check_name(name) + suffix)
@@ -75,7 +84,7 @@ class Shards:
             {
                 "file": target.name,
                 "round_index": round_index,
-                "count": len(rows),
+                "count": count,
                 "bytes": stamp.size,
                 "sha256": stamp.sha256,
                 "meta": dict(meta),
@@ -106,9 +115,15 @@ class Shards:
 
         Raises DataError when it is lost and a checkpoint was built on it, so that it must not be made again.
         """
-        folder = round_folder(self._run, round_index)
+        return self._find(read_shard, round_index, name)
+
+    def iter_rows(self, round_index: int, name: str) -> Iterator[dict[str, Any]] | None:
+        """The rows of `read`, one in memory at a time: for shards with a row a prompt or a sample of a round."""
+        return self._find(iter_shard, round_index, name)
+
+    def _find(self, read: Callable[[Path, int, str], Found | None], round_index: int, name: str) -> Found | None:
         try:
-            found = read_shard(folder, round_index, check_name(name))
+            found = read(round_folder(self._run, round_index), round_index, check_name(name))
         except Damage as damage:
             self._set_aside(round_index, name, f"{damage.path.name}: {damage.problem}")
             found = None
@@ -295,3 +310,27 @@ def read_shard(folder: Path, round_index: int, name: str) -> tuple[list[dict[str
     if len(rows) != seal.get("count"):
         raise Damage(path, f"{len(rows)} rows, {seal.get('count')} were sealed")
     return rows, dict(seal["meta"])
+
+
+def iter_shard(folder: Path, round_index: int, name: str) -> Iterator[dict[str, Any]] | None:
+    """The rows of `read_shard`, decoded one at a time. A line that is no record in bytes that were sealed is a DataError when it is met."""
+    found = load_shard(folder, round_index, name)
+    if found is None:
+        return None
+    data, seal = found
+    path = folder / str(seal["file"])
+    try:
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise Damage(path, str(error)) from error
+    count = data.count(b"\n")
+    if count != seal.get("count"):
+        raise Damage(path, f"{count} rows, {seal.get('count')} were sealed")
+    return _decoded(data, path)
+
+
+def _decoded(data: bytes, path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        yield from jsonl.iter_rows(data)
+    except jsonl.BadLine as error:
+        raise DataError(str(error), where=str(path)) from error

@@ -222,3 +222,16 @@ def test_a_shard_sealed_after_a_save_inside_the_round_and_torn_is_made_again(run
     with RunDir.open(path) as again:
         assert again.shards.names(1) == []
         assert again.shards.read(1, "split-train") is None
+
+
+def test_rows_one_at_a_time_are_those_of_read(run: RunDir) -> None:
+    run.shards.seal(1, "prompts", iter(ROWS), META)
+    assert list(run.shards.iter_rows(1, "prompts") or ()) == ROWS
+    assert run.shards.iter_rows(1, "train") is None
+
+
+def test_a_damaged_shard_is_set_aside_before_its_first_row(run: RunDir) -> None:
+    run.shards.seal(1, "prompts", ROWS, META)
+    path = run.path / "rounds" / "0001" / "prompts.jsonl"
+    path.write_bytes(path.read_bytes()[:-2] + b"\n\n")
+    assert run.shards.iter_rows(1, "prompts") is None and not path.exists()
