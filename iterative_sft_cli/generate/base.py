@@ -25,6 +25,8 @@ class Engine(Protocol):
     `generate` may be called many times. `deterministic` says whether the same plan gives the same bytes. `heartbeat` is set by
     the loop; the engine calls it at least once a second while it generates with the number of tokens made since the last
     call. It drives the progress bar and the watchdog, and raises when the run is to stop: the exception passes through.
+    An engine may also have `keep_prompts(prompts)`: token ids of prompts that the shards up to its next call come back to, so that it
+    can read each once; what it makes of them must not depend on which shard asks first.
     """
 
     deterministic: bool
