@@ -107,8 +107,9 @@ def run_probe(loaded: LoadedConfig) -> dict[str, Any]:
 
 def main() -> int:
     """The probe's process: reads the config as JSON from stdin, prints what was measured as JSON on stdout."""
+    from iterative_sft_cli import system
     from iterative_sft_cli.experiment import run_experiment
-    from iterative_sft_cli.rundir import peek, system
+    from iterative_sft_cli.rundir import peek
     from iterative_sft_cli.samples import iter_round
 
     start = time.monotonic()

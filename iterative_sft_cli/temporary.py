@@ -1,6 +1,7 @@
 """Temporary folders that a killed process leaves no trace of: the next one that needs such a folder removes it.
 
-Guarantee: a folder is removed only by its owner, or when a kernel lock shows that its owner has ended.
+Guarantee: a folder is removed only by its owner, or when a lock of the kernel that runs here, under which it was made, shows that its
+owner has ended; what another host or an earlier start of the machine left stays.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import tempfile
 import weakref
 from pathlib import Path
 
-from iterative_sft_cli.rundir import system
+from iterative_sft_cli import system
 
 PREFIX = "isft-"
 HELD = "held"
-"""A file that its process has locked, beside the folder that is used."""
+"""A file that its process has locked, beside the folder that is used; it names the kernel that keeps the lock."""
 
 _held: set[int] = set()
 _swept: set[str] = set()
@@ -36,6 +37,7 @@ class TemporaryFolder:
         with contextlib.suppress(OSError):
             # locked before it has the name by which others look for it
             if system.try_lock(fd):
+                os.write(fd, kernel().encode())
                 os.replace(fresh, self._outer / HELD)
         os.mkdir(self.name, 0o700)
         self._remove = weakref.finalize(self, remove, self._outer, fd, os.getpid())
@@ -62,6 +64,11 @@ def remove(outer: Path, fd: int, owner: int) -> None:
     shutil.rmtree(outer, ignore_errors=True)
 
 
+def kernel() -> str:
+    """What names the kernel that runs; empty where it has no name."""
+    return system.boot_id() or ""
+
+
 def sweep(mine: Path) -> None:
     """Remove the folders beside `mine` whose processes have ended, once a process."""
     if str(mine.parent) in _swept:
@@ -81,7 +88,8 @@ def remove_if_left(folder: Path) -> None:
     """Remove a folder of this kind when nobody holds it. Raises OSError for what is none."""
     fd = os.open(folder / HELD, os.O_RDWR | system.OPEN_FLAGS)
     try:
-        left = system.try_lock(fd)
+        ours = kernel()
+        left = bool(ours) and os.read(fd, 200).decode("utf-8", "replace") == ours and system.try_lock(fd)
     finally:
         os.close(fd)
     if left:

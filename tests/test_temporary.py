@@ -70,6 +70,19 @@ def test_the_next_process_removes_what_a_killed_one_left_and_nothing_else(tmp_pa
     alive.wait()
 
 
+@pytest.mark.parametrize("boot", ["another host's", None])
+def test_locks_of_another_kernel_say_nothing(monkeypatch, boot):
+    """Where locks are each kernel's own, or there are none, a live folder looks as if nobody held it."""
+    alive = holder("wait")
+    there = Path(alive.stdout.readline().strip())
+    monkeypatch.setattr(temporary.system, "boot_id", lambda: boot)
+    monkeypatch.setattr(temporary.system, "try_lock", lambda fd: True)
+    TemporaryFolder("test").cleanup()
+    assert there.is_dir()
+    alive.kill()
+    alive.wait()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_leaves_its_parents_folder_alone():
     folder = TemporaryFolder("test")

@@ -75,10 +75,10 @@ def main() -> int:
 
     processes.POSIX = processes.LINUX = False  # `os.name` itself decides what a Path is
     del os.sysconf
+    from iterative_sft_cli import system
     from iterative_sft_cli.cli import run
-    from iterative_sft_cli.rundir import system
 
-    assert system.try_lock.__module__ == "iterative_sft_cli.rundir.windows"
+    assert system.try_lock.__module__ == "iterative_sft_cli.system.windows"
     return run(sys.argv[1:])
 
 

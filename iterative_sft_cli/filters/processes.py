@@ -1,4 +1,4 @@
-"""Starting, watching and ending worker processes: every platform difference of the filters stands here.
+"""Starting, watching and ending worker processes: what it asks of the operating system goes through `system`.
 
 A worker leads a session of its own; ending it ends all that it started, also what has left the session (Linux).
 """
@@ -14,6 +14,8 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from iterative_sft_cli import system
 
 POSIX = os.name == "posix"
 LINUX = sys.platform.startswith("linux")
@@ -80,54 +82,31 @@ def start(env: Mapping[str, str], folder: Path, *, data_bytes: int | None) -> su
 
 
 def limit(data_bytes: str) -> None:
-    """In the worker: no core files, bounded files and memory, and end when the main process ends."""
-    if not POSIX:
-        return
-    import resource
-
-    _lower(resource.RLIMIT_CORE, 0)
-    _lower(resource.RLIMIT_FSIZE, 16 << 30)
-    if data_bytes:
-        _lower(resource.RLIMIT_DATA, int(data_bytes))
-    if LINUX:
-        import ctypes
-
-        with contextlib.suppress(OSError, AttributeError):
-            # PR_SET_PDEATHSIG; the thread that starts a worker lives as long as the worker
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+    """In the worker: no core files, bounded files and memory, and (Linux) end when the main process ends."""
+    # the thread that starts a worker lives as long as the worker
+    system.limit_process(file_bytes=16 << 30, data_bytes=int(data_bytes) if data_bytes else None)
 
 
 def tell_stacks_when_asked() -> None:
     """In the worker: print every thread's stack when `ask_for_stacks` asks, also in the middle of a call into C."""
-    if hasattr(faulthandler, "register"):
-        faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    if system.STACKS_SIGNAL is not None:
+        faulthandler.register(system.STACKS_SIGNAL, file=2, all_threads=True)
 
 
 def ask_for_stacks(process: subprocess.Popen[bytes]) -> bool:
     """Ask a worker where it stands; False where that cannot be asked."""
-    if not hasattr(faulthandler, "register") or process.poll() is not None:
+    if system.STACKS_SIGNAL is None or process.poll() is not None:
         return False
     with contextlib.suppress(OSError):
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(system.STACKS_SIGNAL)
     return True
-
-
-def _lower(what: int, value: int) -> None:
-    import resource
-
-    hard = resource.getrlimit(what)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(what, (value, hard))
 
 
 def end(process: subprocess.Popen[bytes], mark: str) -> None:
     """Kill a worker, its session, its descendants, and every process that carries its mark. Returns within seconds."""
     # by parents too: a process has no environment for a moment while it starts another program
     below = descendants(process.pid) if process.poll() is None else []
-    if POSIX:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+    system.end_group(process.pid)
     with contextlib.suppress(ProcessLookupError, OSError):
         process.kill()
     _kill_all(below)
@@ -142,8 +121,7 @@ def end(process: subprocess.Popen[bytes], mark: str) -> None:
 
 def _kill_all(pids: Sequence[int]) -> None:
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+        system.end_process(pid)
 
 
 def descendants(pid: int) -> list[int]:

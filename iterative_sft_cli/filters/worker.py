@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from iterative_sft_cli import system
 from iterative_sft_cli.filters import processes
 from iterative_sft_cli.filters.context import Context
 from iterative_sft_cli.filters.contract import (
@@ -132,7 +133,7 @@ class Surroundings:
             counter[:8] = count.to_bytes(8, "big")
             if count > MAX_FORKS:
                 os.write(2, f"\n{FORK_NOTE}\n".encode())
-                os.killpg(0, signal.SIGKILL)
+                system.end_group(0)
 
         def after() -> None:
             for descriptor in private:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -225,5 +224,5 @@ class Server:
         try:
             self._guard.wait(40)
         except subprocess.TimeoutExpired:
-            self._guard.send_signal(signal.SIGKILL)
+            self._guard.kill()
             self._guard.wait()

@@ -21,6 +21,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from iterative_sft_cli import system
+
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
@@ -119,4 +121,4 @@ def _is_ours(path: Path) -> bool:
     """Whether the path belongs to this user, and nobody else may write to it."""
     status = path.lstat()
     writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return status.st_uid == os.getuid() and not writable and not stat.S_ISLNK(status.st_mode)
+    return system.belongs_to_this_user(status) and not writable and not stat.S_ISLNK(status.st_mode)

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from iterative_sft_cli import system
 from iterative_sft_cli.generate.vllm_host import Abandoned, HostServers, visible_gpus
 from iterative_sft_cli.generate.vllm_server import address_towards
 from iterative_sft_cli.generate.vllm_weights import Announced
 from iterative_sft_cli.ranks.link import Link
-from iterative_sft_cli.rundir import system
 
 WAIT_S, PUMP_S = 0.2, 0.1
 

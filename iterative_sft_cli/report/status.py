@@ -9,8 +9,9 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from iterative_sft_cli import system
 from iterative_sft_cli.report.paging import read_seal
-from iterative_sft_cli.rundir import RunView, layout, system
+from iterative_sft_cli.rundir import RunView, layout
 from iterative_sft_cli.rundir.fs import read_bytes
 from iterative_sft_cli.samples import EVAL, GENERATED, PROMPTS, TRAIN, VERDICTS
 

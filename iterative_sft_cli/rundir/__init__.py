@@ -8,9 +8,9 @@ from iterative_sft_cli.rundir.fs import require_space
 from iterative_sft_cli.rundir.ledger import AppendLog, Telemetry
 from iterative_sft_cli.rundir.run import RunDir
 from iterative_sft_cli.rundir.seal import ShardReader, Shards
-from iterative_sft_cli.rundir.system import STOP_SIGNALS
 from iterative_sft_cli.rundir.verify import Finding, verify
 from iterative_sft_cli.rundir.view import RunView, peek
+from iterative_sft_cli.system import STOP_SIGNALS
 
 __all__ = [
     "STOP_SIGNALS",

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from iterative_sft_cli import system
 from iterative_sft_cli.errors import StorageError
-from iterative_sft_cli.rundir import cost, system
+from iterative_sft_cli.rundir import cost
 
 TEMP_PREFIX = ".tmp-"
 """How the names of unfinished files and folders begin; recovery removes them."""

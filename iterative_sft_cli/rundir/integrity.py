@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iterative_sft_cli.rundir import cost, system
+from iterative_sft_cli import system
+from iterative_sft_cli.rundir import cost
 from iterative_sft_cli.rundir.fs import read_bytes, storage_error
 
 SELF = "self_sha256"

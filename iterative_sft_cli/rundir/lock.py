@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from iterative_sft_cli import system
 from iterative_sft_cli.errors import DataError, StorageError
-from iterative_sft_cli.rundir import layout, lease, system
+from iterative_sft_cli.rundir import layout, lease
 from iterative_sft_cli.rundir.fs import FileSystem, read_bytes
 
 PATIENCE_S = 1.0

@@ -21,7 +21,7 @@ def test_one_of_two_hosts_has_the_run(hosts, tmp_path, said):
     """Every second race is for the run of a host that was killed."""
     apart = tmp_path / "apart.py"
     apart.write_text(
-        "from iterative_sft_cli.rundir import system\n"
+        "from iterative_sft_cli import system\n"
         "system.try_lock = lambda fd: True\n"  # each kernel's locks are its own
         "system.boot_id = lambda: f'boot of {RANK}'\n"
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from iterative_sft_cli.rundir import RunDir, cost, system
+from iterative_sft_cli import system
+from iterative_sft_cli.rundir import RunDir, cost
 from iterative_sft_cli.rundir.cost import CostMeter, blocked_seconds, share_blocked
 
 SLOW_S = 0.03

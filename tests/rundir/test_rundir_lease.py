@@ -162,7 +162,7 @@ def test_a_file_system_without_locks_has_the_lease(tmp_path, monkeypatch):
     def refuse(fd):
         raise OSError(37, "no locks available")
 
-    monkeypatch.setattr("iterative_sft_cli.rundir.system.try_lock", refuse)
+    monkeypatch.setattr("iterative_sft_cli.system.try_lock", refuse)
     first = RunLock(tmp_path / "LOCK", FileSystem())
     other = {"pid": 9, "host": "b", "since": "c"}
     with pytest.raises(DataError, match="another process"):

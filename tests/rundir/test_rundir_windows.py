@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from iterative_sft_cli.rundir import posix, system, windows
+from iterative_sft_cli import system
+from iterative_sft_cli.system import posix, windows
 
 ROOT = Path(__file__).resolve().parents[2]
 

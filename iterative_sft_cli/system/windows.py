@@ -1,7 +1,8 @@
-"""What the run directory asks of Windows; the twin of `posix.py`, function by function."""
+"""What run directory and worker processes ask of Windows; the twin of `posix.py`, function by function."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -14,6 +15,9 @@ OPEN_FLAGS = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOINHERIT", 0)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """Signals that ask a run to save and stop."""
+
+STACKS_SIGNAL: int | None = None
+"""Windows has no signal that asks a process for its stacks."""
 
 _LOCKED_BYTE = 1 << 30
 
@@ -73,3 +77,22 @@ def process_alive(pid: int) -> bool:
 def peak_memory() -> int | None:
     """Not told without a library that is not here."""
     return None
+
+
+def belongs_to_this_user(status: os.stat_result) -> bool:
+    """True: owners are no numbers here, and a user's folders are not others' to write to."""
+    return True
+
+
+def end_process(pid: int) -> None:
+    """End a process at once; one that is gone or another user's is no error."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGTERM)
+
+
+def end_group(leader: int) -> None:
+    """Nothing to do: Windows has no such groups."""
+
+
+def limit_process(*, file_bytes: int, data_bytes: int | None) -> None:
+    """Nothing to do: Windows has no such limits."""

@@ -1,4 +1,4 @@
-"""What the run directory asks of a POSIX kernel; `windows.py` answers the same questions, `system.py` picks one."""
+"""What run directory and worker processes ask of a POSIX kernel; `windows.py` answers the same questions, `system.py` picks one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that ask a run to save and stop."""
+
+STACKS_SIGNAL: int | None = signal.SIGUSR1
+"""Asks a worker process where its threads stand; None where there is no such signal."""
 
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF}
 
@@ -87,7 +91,44 @@ def process_alive(pid: int) -> bool:
 
 def peak_memory() -> int | None:
     """The most memory that this process held, in bytes."""
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def belongs_to_this_user(status: os.stat_result) -> bool:
+    """Whether this user owns what `status` is of."""
+    return status.st_uid == os.getuid()
+
+
+def end_process(pid: int) -> None:
+    """End a process at once; one that is gone or another user's is no error."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def end_group(leader: int) -> None:
+    """End the process group that `leader` leads (0: this process's own); one that is gone is no error."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def limit_process(*, file_bytes: int, data_bytes: int | None) -> None:
+    """From now on no core files, and files and memory of so many bytes at most; on Linux this process ends with the thread that
+    started it."""
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_FSIZE, file_bytes)
+    if data_bytes is not None:
+        _lower(resource.RLIMIT_DATA, data_bytes)
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            # PR_SET_PDEATHSIG
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+
+
+def _lower(what: int, value: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(what, (value, hard))

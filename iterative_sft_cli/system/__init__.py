@@ -5,12 +5,17 @@ from __future__ import annotations
 import sys
 
 if sys.platform == "win32":
-    from iterative_sft_cli.rundir.windows import (
+    from iterative_sft_cli.system.windows import (
         OPEN_FLAGS,
+        STACKS_SIGNAL,
         STOP_SIGNALS,
+        belongs_to_this_user,
         boot_id,
         close_in_children,
+        end_group,
+        end_process,
         free_bytes,
+        limit_process,
         peak_memory,
         process_alive,
         sync_directory,
@@ -18,12 +23,17 @@ if sys.platform == "win32":
         try_lock,
     )
 else:
-    from iterative_sft_cli.rundir.posix import (
+    from iterative_sft_cli.system.posix import (
         OPEN_FLAGS,
+        STACKS_SIGNAL,
         STOP_SIGNALS,
+        belongs_to_this_user,
         boot_id,
         close_in_children,
+        end_group,
+        end_process,
         free_bytes,
+        limit_process,
         peak_memory,
         process_alive,
         sync_directory,
@@ -33,10 +43,15 @@ else:
 
 __all__ = [
     "OPEN_FLAGS",
+    "STACKS_SIGNAL",
     "STOP_SIGNALS",
+    "belongs_to_this_user",
     "boot_id",
     "close_in_children",
+    "end_group",
+    "end_process",
     "free_bytes",
+    "limit_process",
     "peak_memory",
     "process_alive",
     "sync_directory",
