@@ -296,16 +296,28 @@ def load_shard(folder: Path, round_index: int, name: str) -> tuple[bytes, dict[s
     return data, seal
 
 
-def read_shard(folder: Path, round_index: int, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
-    """Rows and meta, else as `load_shard`."""
+def _unpacked(folder: Path, round_index: int, name: str) -> tuple[Path, bytes, dict[str, Any]] | None:
+    """The file, its lines and its seal, else as `load_shard`."""
     found = load_shard(folder, round_index, name)
     if found is None:
         return None
     data, seal = found
     path = folder / str(seal["file"])
     try:
-        rows = jsonl.decode_rows(gzip.decompress(data) if path.suffix == ".gz" else data)
-    except (jsonl.BadLine, OSError, EOFError, zlib.error) as error:
+        return path, gzip.decompress(data) if path.suffix == ".gz" else data, seal
+    except (OSError, EOFError, zlib.error) as error:
+        raise Damage(path, str(error)) from error
+
+
+def read_shard(folder: Path, round_index: int, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
+    """Rows and meta, else as `load_shard`."""
+    found = _unpacked(folder, round_index, name)
+    if found is None:
+        return None
+    path, data, seal = found
+    try:
+        rows = jsonl.decode_rows(data)
+    except jsonl.BadLine as error:
         raise Damage(path, str(error)) from error
     if len(rows) != seal.get("count"):
         raise Damage(path, f"{len(rows)} rows, {seal.get('count')} were sealed")
@@ -314,15 +326,10 @@ def read_shard(folder: Path, round_index: int, name: str) -> tuple[list[dict[str
 
 def iter_shard(folder: Path, round_index: int, name: str) -> Iterator[dict[str, Any]] | None:
     """The rows of `read_shard`, decoded one at a time. A line that is no record in bytes that were sealed is a DataError when it is met."""
-    found = load_shard(folder, round_index, name)
+    found = _unpacked(folder, round_index, name)
     if found is None:
         return None
-    data, seal = found
-    path = folder / str(seal["file"])
-    try:
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise Damage(path, str(error)) from error
+    path, data, seal = found
     count = data.count(b"\n")
     if count != seal.get("count"):
         raise Damage(path, f"{count} rows, {seal.get('count')} were sealed")
